@@ -1,0 +1,133 @@
+"""Batched MuJoCo: many worlds of one model behind one interface, two engines.
+
+`mujoco` is the C library's own thread pool (`mujoco.batch`, MuJoCo >= 3.17): float64 state on the CPU.
+`warp` is MuJoCo Warp: float32 state on `device`, every substep of every world in one captured CUDA graph on a GPU.
+Both show their state as torch tensors that share memory with the simulator, so writing one is setting the state.
+"""
+
+import warnings
+
+import mujoco
+import torch
+
+STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
+OUTPUTS = ("sensordata", "actuator_force")
+BACKENDS = ("auto", "mujoco", "warp")
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """`auto` is warp on CUDA and mujoco on a CPU. Raises ValueError for a backend that does not fit the device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend got {backend!r}; it takes one of {', '.join(BACKENDS)}")
+    if backend == "mujoco" and device.type != "cpu":
+        raise ValueError(f"--backend mujoco runs on the CPU, got --device {device}; use --backend warp")
+    return ("warp" if device.type == "cuda" else "mujoco") if backend == "auto" else backend
+
+
+class BatchedMujoco:
+    """`num_envs` worlds of `model`.
+
+    Attributes, each a live tensor of shape (num_envs, n): `qpos`, `qvel`, `ctrl`, `qacc_warmstart` are state, to read
+    and to write in place; `sensordata` and `actuator_force` are outputs of the last `step` and, as with `mj_step`,
+    describe the state before its last substep. `fields[name]` is the per-world copy of a model field named in
+    `per_world`, of shape (num_envs, ...), to write in place.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        num_envs: int,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+        num_threads: int = 0,
+        per_world: tuple[str, ...] = (),
+        nconmax: int | None = None,
+        njmax: int | None = None,
+    ):
+        """`num_threads` (0: all cores) is for `mujoco`; `nconmax` contacts and `njmax` constraint rows per world are
+        `warp`'s buffer sizes (None: its own estimate). Raises ValueError for a backend that does not fit the device.
+        """
+        self.model, self.num_envs, self.device = model, num_envs, torch.device(device)
+        self.backend = resolve_backend(backend, self.device)
+        if self.backend == "mujoco":
+            self._init_mujoco(num_threads, per_world)
+        else:
+            self._init_warp(per_world, nconmax, njmax)
+
+    def _init_mujoco(self, num_threads: int, per_world: tuple[str, ...]):
+        from mujoco import batch
+
+        # A world that diverges must stay visibly non-finite: MuJoCo would silently put it back at qpos0.
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        self._batch = batch.Batch(self.model, self.num_envs, num_threads)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            for name in STATE + OUTPUTS:
+                setattr(self, name, torch.from_numpy(self._batch.bind(name)))
+        self.fields = {name: torch.from_numpy(self._batch.expand(name)) for name in per_world}
+
+    def _init_warp(self, per_world: tuple[str, ...], nconmax: int | None, njmax: int | None):
+        import mujoco_warp as mjw
+        import warp as wp
+
+        wp.config.quiet = True
+        self._wp, self._mjw, self._graphs = wp, mjw, {}
+        with wp.ScopedDevice(str(self.device)):
+            self._m = mjw.put_model(self.model, batch_sizes={name: self.num_envs for name in per_world})
+            self._d = mjw.make_data(self.model, nworld=self.num_envs, nconmax=nconmax, njmax=njmax)
+        for name in STATE + OUTPUTS:
+            setattr(self, name, wp.to_torch(getattr(self._d, name)))
+        self.fields = {name: wp.to_torch(getattr(self._m, name)) for name in per_world}
+        for field in self.fields.values():
+            field.copy_(field[:1].clone().expand_as(field))
+
+    def step(self, nsubsteps: int = 1):
+        """Advances every world by `nsubsteps` of `model.opt.timestep` seconds, in one call."""
+        if self.backend == "mujoco":
+            self._batch.step(None, nsubsteps)
+            return
+        with self._wp.ScopedDevice(str(self.device)):
+            if self.device.type != "cuda":
+                self._substeps(nsubsteps)
+            elif nsubsteps in self._graphs:
+                self._wp.capture_launch(self._graphs[nsubsteps])
+            else:
+                self._substeps(nsubsteps)  # eager once: loads the kernels, and is this call's step
+                with self._wp.ScopedCapture() as capture:
+                    self._substeps(nsubsteps)
+                self._graphs[nsubsteps] = capture.graph
+
+    def _substeps(self, n: int):
+        for _ in range(n):
+            self._mjw.step(self._m, self._d)
+
+    def reset(self, mask: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor):
+        """Puts the worlds where `mask` (num_envs,) bool is set at rows of `qpos` (num_envs, nq) and `qvel`
+        (num_envs, nv), and clears their controls and the solver's warm start. The other worlds are untouched.
+        """
+        zero = torch.zeros((), dtype=self.qpos.dtype, device=self.device)
+        for target, source in ((self.qpos, qpos), (self.qvel, qvel), (self.ctrl, zero), (self.qacc_warmstart, zero)):
+            target.copy_(torch.where(mask[:, None], source.to(target.dtype), target))
+
+    def set_const(self):
+        """Recomputes what MuJoCo derives from masses and inertias; call it after writing those in `fields`."""
+        if self.backend == "mujoco":
+            self._batch.set_const()
+        else:
+            with self._wp.ScopedDevice(str(self.device)):
+                self._mjw.set_const(self._m, self._d)
+            self._graphs.clear()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A copy of all that the next `step` depends on."""
+        state = {name: getattr(self, name).clone() for name in STATE}
+        return state | {f"fields.{name}": field.clone() for name, field in self.fields.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        """Restores `state_dict()` of the same model and number of worlds (RuntimeError on other shapes)."""
+        for name in STATE:
+            getattr(self, name).copy_(state[name])
+        for name, field in self.fields.items():
+            field.copy_(state[f"fields.{name}"])
+        if {"body_mass", "body_inertia"} & self.fields.keys():
+            self.set_const()

@@ -1,0 +1,586 @@
+"""PPO teaches a Unitree Go2 to walk in MuJoCo: on a laptop's CPU, or with thousands of robots on a GPU.
+
+    python ppo_go2_mujoco.py                                        # the defaults of this machine, see --preset
+    python ppo_go2_mujoco.py --num-envs 4096 --randomise            # a policy meant for the real robot
+    python ppo_go2_mujoco.py --eval-only --model-path runs/.../checkpoints/final_model.pt
+
+MEASURED
+Of the 37 details these have no place here: see docs/details.md.
+"""
+
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributions import Normal
+
+from common import checkpoint, cli, distributed
+from common.envs.go2 import Go2Config, Go2Env
+from common.envs.go2_eval import evaluate, record_video, save_trajectories
+from common.logger import Logger, make_run_dir, peak_memory_mb, write_json
+
+Normal.set_default_validate_args(False)
+
+# Every flag that differs from the defaults of Args, which are those of `laptop`.
+PRESETS = {
+    "laptop": {},
+    "reference": dict(
+        num_envs=4096,
+        num_steps=24,
+        num_iterations=10_000,
+        learning_rate=1e-3,
+        desired_kl=0.01,
+        ent_coef=0.01,
+        update_epochs=5,
+        num_minibatches=4,
+        hidden=(512, 256, 128),
+        init_std=1.0,
+        final_std=0.0,
+        norm_obs=False,
+        rewards="reference",
+        kp=20.0,
+        kd=0.5,
+        action_latency=1,
+        spawn_height=0.42,
+        spawn_noise=0.0,
+        standing_fraction=0.0,
+        checkpoint_interval=100,
+        log_interval=1,
+    ),
+}
+
+
+@dataclass
+class Args(Go2Config):
+    preset: Literal["auto", "laptop", "reference"] = "auto"
+    """group of defaults; auto: reference on a GPU, laptop on a CPU"""
+    config: str = ""
+    """YAML file of flags, below the command line in precedence"""
+    exp_name: str = "ppo_go2_mujoco"
+    """name of the experiment"""
+    seed: int = 1
+    """seed of everything random"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
+    log_dir: str = ""
+    """where the run goes; empty: runs/{exp_name}/{env}__{seed}__{time}"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "cleanrl-robots"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases entity (team)"""
+    wandb_group: str = ""
+    """Weights & Biases group"""
+    capture_video: bool = False
+    """record the deterministic policy while training"""
+    video_interval: int = 200
+    """iterations between those videos"""
+    log_interval: int = 10
+    """iterations between log lines"""
+    checkpoint_interval: int = 50
+    """iterations between checkpoints"""
+    eval_interval: int = 0
+    """iterations between evaluations of the deterministic policy (0: at the end only)"""
+    resume: str = ""
+    """run folder or checkpoint to continue"""
+    eval_only: bool = False
+    """evaluate --model-path and stop"""
+    model_path: str = ""
+    """checkpoint for --eval-only"""
+    eval_episodes: int = 128
+    """fewest episodes of an evaluation; they are spread evenly over a grid of commands"""
+    save_video: bool = True
+    """write an mp4 at the final evaluation"""
+    save_trajectories: str = ""
+    """HDF5 file for demonstrations, with --eval-only"""
+    num_trajectories: int = 100
+    """episodes in that file"""
+
+    num_envs: int = 512
+    """parallel robots, over all ranks"""
+    num_steps: int = 24
+    """control steps per robot and iteration"""
+    num_iterations: int = 400
+    """iterations; --total-timesteps overrides it"""
+    total_timesteps: int = 0
+    """environment steps to train for (0: num_iterations)"""
+    learning_rate: float = 1e-3
+    """Adam's step size"""
+    desired_kl: float = 0.01
+    """adapt the learning rate to this KL divergence per update (0: anneal it linearly to zero)"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 5
+    """epochs per iteration"""
+    norm_adv: bool = True
+    """normalise advantages per minibatch"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio, and of the value update"""
+    clip_vloss: bool = True
+    """clip the value loss"""
+    ent_coef: float = 0.0
+    """entropy bonus"""
+    vf_coef: float = 2.0
+    """value loss coefficient; the loss has CleanRL's factor 0.5, so 2.0 is rsl_rl's 1.0"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradient"""
+    target_kl: float = 0.0
+    """end the epochs of an iteration when the KL divergence passes this (0: never)"""
+    norm_obs: bool = True
+    """normalise observations by running statistics and clip them at 10"""
+    hidden: tuple[int, ...] = (256, 128, 64)
+    """widths of the hidden layers of actor and critic"""
+    init_std: float = 1.0
+    """initial standard deviation of the actions"""
+    min_std: float = 0.05
+    """smallest standard deviation"""
+    final_std: float = 0.25
+    """the largest allowed standard deviation falls linearly from init_std to this (0: no limit)"""
+    std_anneal_steps: int = 1_000_000
+    """environment steps in which it falls"""
+
+    ranks: int = 0
+    """processes that share the robots on a CPU (0: one per core); on GPUs use torchrun"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the networks; auto: bfloat16 where the hardware has it, else float32"""
+    compile: bool = False
+    """torch.compile the policy step and the update"""
+    cuda_graphs: bool = False
+    """capture the policy step and the update in CUDA graphs"""
+
+    batch_size: int = 0
+    """computed at run time: samples per iteration on this rank"""
+    minibatch_size: int = 0
+    """computed at run time: samples per minibatch on this rank"""
+
+
+def layer_init(layer, std=math.sqrt(2), bias_const=0.0):  # detail 2: orthogonal initialisation
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+# === running mean std ===
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all vectors seen, merged batch by batch (Chan et al. 1979), over all ranks."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: torch.Tensor):  # (batch, dim)
+        x = x.double()
+        moments = torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)))
+        if dist.is_initialized():
+            dist.all_reduce(moments)
+        n, mean = moments[0, 0], moments[1] / moments[0]
+        var = (moments[2] / moments[0] - mean.square()).clamp(min=0)
+        total, delta = self.count + n, mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + 1e-8)
+        return normalised.clamp(-10, 10)  # detail 29: observation clipping
+
+
+# === end running mean std ===
+
+
+class Agent(nn.Module):
+    """Actor and critic take normalised observations; `normalise` makes them."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+
+        def mlp(out_dim, out_std):  # detail 26: separate MLPs
+            layers, width = [], obs_dim
+            for size in args.hidden:
+                layers += [layer_init(nn.Linear(width, size)), nn.ELU()]
+                width = size
+            return nn.Sequential(*layers, layer_init(nn.Linear(width, out_dim), std=out_std))
+
+        self.normalise = RunningMeanStd(obs_dim) if args.norm_obs else nn.Identity()  # detail 28
+        self.critic = mlp(1, 1.0)  # detail 13: separate networks
+        self.actor_mean = mlp(action_dim, 0.01)
+        # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(args.init_std)))
+        self.register_buffer("logstd_limits", torch.tensor([math.log(args.min_std), math.log(10.0)]))
+        use_bf16 = args.precision == "bfloat16"
+        self.autocast = lambda x: torch.autocast(x.device.type, torch.bfloat16) if use_bf16 else nullcontext()
+
+    def std(self):  # (action_dim,)
+        return self.actor_logstd.clamp(self.logstd_limits[0], self.logstd_limits[1]).exp()
+
+    def get_value(self, obs):  # (batch, obs_dim) -> (batch,)
+        with self.autocast(obs):
+            value = self.critic(obs)
+        return value.float().squeeze(-1)
+
+    def get_mean(self, obs):  # (batch, obs_dim) -> (batch, action_dim)
+        with self.autocast(obs):
+            mean = self.actor_mean(obs)
+        return mean.float()
+
+    def get_action_and_value(self, obs, action=None):
+        mean = self.get_mean(obs)
+        dist_ = Normal(mean, self.std().expand_as(mean))  # detail 23: Gaussian actions
+        if action is None:
+            action = dist_.sample()
+        # detail 25: independent components, so log-probabilities add up
+        return action, dist_.log_prob(action).sum(1), dist_.entropy().sum(1), self.get_value(obs), mean
+
+    def forward(self, obs):
+        """The deterministic policy on raw observations: what is evaluated and exported."""
+        return self.get_mean(self.normalise(obs))
+
+
+# === gae ===
+def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):  # detail 5: GAE
+    """Advantages (num_steps, num_envs) of Schulman et al. 2016 (arXiv 1506.02438) eq. 16. `dones[t]`: the episode ended
+    with step t; the value beyond a time limit is in its reward already. `next_value` (num_envs,): of the next_obs.
+    """
+    advantages = torch.empty_like(rewards)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - dones[t]
+        nextvalues = values[t + 1] if t + 1 < len(rewards) else next_value
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+        advantages[t] = lastgaelam
+    return advantages
+
+
+# === end gae ===
+
+STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "kl", "clipfrac")
+
+
+def ppo_loss(agent, args, mb_obs, mb_actions, mb_logprobs, mb_means, old_std, mb_advantages, mb_returns, mb_values):
+    """The loss of one minibatch, and the STATS (7,). `kl` is the exact divergence of the Gaussians, old to new."""
+    _, newlogprob, entropy, newvalue, mean = agent.get_action_and_value(mb_obs, mb_actions)
+    logratio = newlogprob - mb_logprobs
+    ratio = logratio.exp()
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()  # detail 8: clipped surrogate
+
+    v_loss = (newvalue - mb_returns).square()
+    if args.clip_vloss:  # detail 9: value clipping
+        v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - mb_returns).square())
+    v_loss = 0.5 * v_loss.mean()
+
+    entropy = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # detail 10: one loss
+    with torch.no_grad():  # detail 12: debug variables
+        std = agent.std()
+        kl = torch.log(std / old_std) + (old_std.square() + (mean - mb_means).square()) / (2 * std.square()) - 0.5
+        clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+        stats = (pg_loss, v_loss, entropy, (-logratio).mean(), ((ratio - 1) - logratio).mean(), kl.sum(1).mean())
+        stats = torch.stack((*stats, clipfrac)).detach()
+    return loss, stats
+
+
+def adapt_learning_rate(learning_rate, kl, desired_kl):
+    """rsl_rl's rule, on the device: a factor 1.5 down above twice the desired KL, up below half of it."""
+    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where(kl < desired_kl / 2, 1.5, 1.0))
+    return (learning_rate * factor).clamp(1e-5, 1e-2)
+
+
+class CudaGraph:
+    """Replays `fn(*tensors) -> tensors` as one CUDA graph. The outputs are overwritten by the next call."""
+
+    def __init__(self, fn):
+        self.fn, self.graph = fn, None
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.fn(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.fn(*self.inputs)
+        for static, new in zip(self.inputs, inputs, strict=True):
+            static.copy_(new)
+        self.graph.replay()
+        return self.outputs
+
+
+def make_env(args: Args, device, num_envs: int, seed: int, **changes) -> Go2Env:
+    config = {name: getattr(args, name) for name in Go2Config.__dataclass_fields__} | changes
+    try:
+        return Go2Env(num_envs, device, seed, **config)
+    except ValueError as error:
+        cli.fail(str(error))
+
+
+def check_args(args: Args):
+    def require_that(condition, name, takes):
+        cli.check(condition, f"--{name.replace('_', '-')} got {getattr(args, name)}; it takes {takes}")
+
+    positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_iterations", "substeps", "init_std")
+    positive += ("log_interval", "checkpoint_interval", "video_interval", "eval_episodes", "learning_rate", "min_std")
+    for name in positive:
+        require_that(getattr(args, name) > 0, name, "a number above 0")
+    for name in ("gamma", "gae_lambda"):
+        require_that(0 <= getattr(args, name) <= 1, name, "a number from 0 to 1")
+    require_that(args.num_envs % args.ranks == 0, "num_envs", f"a multiple of the {args.ranks} ranks")
+    per_rank = args.num_envs // args.ranks * args.num_steps
+    what = f"a divisor of the {per_rank} samples per rank and iteration"
+    require_that(per_rank % args.num_minibatches == 0, "num_minibatches", what)
+
+
+def main(args: Args):
+    # --- seeding and devices
+    device = torch.device(args.device)
+    rank, world_size = distributed.init(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        distributed.keep_freed_memory()
+    torch.manual_seed(args.seed)  # the same networks on every rank
+    args.physics_threads = args.physics_threads or torch.get_num_threads()
+
+    # --- environments
+    num_envs = args.num_envs // world_size  # detail 1: vectorised architecture
+    args.batch_size = num_envs * args.num_steps
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    num_iterations = args.num_iterations
+    if args.total_timesteps:
+        num_iterations = math.ceil(args.total_timesteps / (args.batch_size * world_size))
+    envs = make_env(args, device, num_envs, args.seed + 1000 * rank)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    # --- agent
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    params = list(agent.parameters())
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    # detail 3: Adam's epsilon
+    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True)
+    # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
+    flat_grad = torch.zeros(sum(p.numel() for p in params) + 1, device=device)
+    for p, grad in zip(params, flat_grad[:-1].split([p.numel() for p in params]), strict=True):
+        p.grad = grad.view_as(p)
+
+    def policy(obs):
+        with torch.no_grad():
+            return agent.get_action_and_value(agent.normalise(obs))
+
+    def accumulate_gradients(*minibatch):
+        flat_grad.zero_()
+        loss, stats = ppo_loss(agent, args, *minibatch)
+        loss.backward()
+        flat_grad[-1] = stats[5]
+        return stats
+
+    def apply_gradients():
+        flat_grad.div_(world_size)
+        if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
+            learning_rate.copy_(adapt_learning_rate(learning_rate, flat_grad[-1], args.desired_kl))
+        grads = flat_grad[:-1]
+        norm = grads.norm()
+        finite = torch.isfinite(norm)
+        scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
+        grads.copy_(torch.where(finite, grads * scale, 0.0))
+        optimizer.step()
+        return norm, ~finite
+
+    get_value = agent.get_value
+    if args.compile:
+        policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
+    if args.cuda_graphs and device.type == "cuda":
+        policy, accumulate_gradients = CudaGraph(policy), CudaGraph(accumulate_gradients)
+
+    # --- storage, allocated once
+    T, N = args.num_steps, num_envs
+    obs = torch.zeros(T, N, obs_dim, device=device)
+    final_obs = torch.zeros(T, N, obs_dim, device=device)
+    actions = torch.zeros(T, N, action_dim, device=device)
+    means = torch.zeros(T, N, action_dim, device=device)
+    logprobs, rewards, values = (torch.zeros(T, N, device=device) for _ in range(3))
+    dones = torch.zeros(T, N, device=device)
+    truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
+
+    iteration, global_step, elapsed, best_score = 0, 0, 0.0, -math.inf
+    if args.resume:
+        state = checkpoint.load(args.resume, args.exp_name, device)
+        agent.load_state_dict(state["agent"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = learning_rate
+        learning_rate.fill_(state["learning_rate"])
+        iteration, global_step = state["iteration"], state["global_step"]
+        elapsed, best_score = state["elapsed"], state["best_score"]
+    if args.resume and len(state["ranks"]) == world_size:
+        envs.load_state_dict(state["ranks"][rank]["envs"])
+        checkpoint.set_rng_state(state["ranks"][rank]["rng"])
+        next_obs = state["ranks"][rank]["next_obs"].to(device)
+    else:
+        torch.manual_seed(args.seed + 1000 * rank)
+        next_obs, _ = envs.reset(seed=args.seed + 1000 * rank, options={"random_phase": True})
+
+    run_dir = Path(args.log_dir)
+    logger = Logger(run_dir, args, num_iterations * args.batch_size * world_size, global_step, enabled=rank == 0)
+    interrupt = checkpoint.Interrupt().__enter__()
+    start_time, start_step, log_time, log_step = time.time() - elapsed, global_step, time.time(), global_step
+    episodes = torch.zeros(2 + len(envs.metric_names), device=device)  # sums of return, length and metrics
+    num_episodes = torch.zeros((), device=device)
+    stats_sum, num_updates, bad_updates = torch.zeros(len(STATS), device=device), 0, torch.zeros((), device=device)
+
+    def save(name: str):
+        ranks = distributed.gather(
+            {"envs": envs.state_dict(), "rng": checkpoint.rng_state(), "next_obs": next_obs.cpu()}
+        )
+        if rank == 0:
+            state = {"script": args.exp_name, "args": asdict(args), "iteration": iteration, "global_step": global_step}
+            state |= {"elapsed": time.time() - start_time, "best_score": best_score, "ranks": ranks}
+            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(run_dir / "checkpoints" / name, state | {"learning_rate": learning_rate.item()})
+
+    while iteration < num_iterations:
+        # --- anneal
+        progress = iteration / num_iterations
+        if not args.desired_kl:  # detail 4: linear annealing
+            learning_rate.fill_(args.learning_rate * (1 - progress))
+        if args.final_std:
+            fraction = min(1.0, global_step / args.std_anneal_steps)
+            limit = args.init_std + fraction * (args.final_std - args.init_std)
+            agent.logstd_limits[1] = math.log(limit)
+
+        # --- rollout
+        for t in range(T):
+            obs[t] = next_obs
+            actions[t], logprobs[t], _, values[t], means[t] = policy(next_obs)
+            # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
+            next_obs, rewards[t], terminated, truncations[t], info = envs.step(actions[t])
+            dones[t] = terminated | truncations[t]
+            final_obs[t] = info["final_obs"]
+            ended = info["episode"]
+            ended = torch.stack([ended["r"], ended["l"], *(ended[name] for name in envs.metric_names)])
+            episodes += torch.where(info["_episode"], ended, 0.0).sum(1)
+            num_episodes += info["_episode"].sum()
+        global_step += args.batch_size * world_size
+
+        # --- bootstrap and advantages
+        with torch.no_grad():
+            # A time limit is no failure: its reward includes the value of the true last observation.
+            limits = truncations.nonzero(as_tuple=True)
+            rewards[limits] += args.gamma * get_value(agent.normalise(final_obs[limits]))
+            next_value = get_value(agent.normalise(next_obs))
+            advantages = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
+            b_obs = agent.normalise(obs.view(-1, obs_dim))
+            b_actions, b_means = actions.view(-1, action_dim), means.view(-1, action_dim)
+            b_logprobs, b_values, b_advantages = logprobs.view(-1), values.view(-1), advantages.view(-1)
+            b_returns = b_advantages + b_values
+            old_std = agent.std()
+
+        # --- update
+        for _ in range(args.update_epochs):
+            b_inds = torch.randperm(args.batch_size, device=device)  # detail 6: shuffled, without replacement
+            mb_advantages = b_advantages[b_inds].view(args.num_minibatches, -1)
+            if args.norm_adv:  # detail 7: advantages normalised per minibatch, over all ranks
+                moments = torch.stack((mb_advantages.mean(1), mb_advantages.square().mean(1)))
+                if world_size > 1:
+                    dist.all_reduce(moments)
+                    moments /= world_size
+                mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
+                mb_advantages = (mb_advantages - mean[:, None]) / (std[:, None] + 1e-8)
+            for mb_inds, mb_advantage in zip(b_inds.view(args.num_minibatches, -1), mb_advantages, strict=True):
+                stats = accumulate_gradients(
+                    b_obs[mb_inds],
+                    b_actions[mb_inds],
+                    b_logprobs[mb_inds],
+                    b_means[mb_inds],
+                    old_std,
+                    mb_advantage,
+                    b_returns[mb_inds],
+                    b_values[mb_inds],
+                )
+                if world_size > 1:
+                    dist.all_reduce(flat_grad)
+                grad_norm, not_finite = apply_gradients()
+                stats_sum += stats
+                bad_updates += not_finite
+                num_updates += 1
+            if args.target_kl and flat_grad[-1] > args.target_kl:
+                break
+        if args.norm_obs:  # after the update, so that the first minibatch's ratio is exactly 1
+            agent.normalise.update(obs.view(-1, obs_dim))
+        iteration += 1
+
+        # --- log
+        stop = torch.tensor(float(bool(interrupt)))
+        if world_size > 1:
+            dist.all_reduce(stop) if device.type == "cpu" else None
+        last = iteration == num_iterations or stop > 0
+        if iteration % args.log_interval == 0 or last:
+            summary = torch.cat((episodes, num_episodes[None], envs.nan_resets[None], bad_updates[None]))
+            if world_size > 1:
+                dist.all_reduce(summary)
+            if rank == 0:
+                now, count = time.time(), max(1.0, summary[-3].item())
+                explained = 1 - (b_returns - b_values).var() / b_returns.var()
+                metrics = {
+                    "charts/SPS": (global_step - log_step) / (now - log_time),
+                    "charts/learning_rate": learning_rate,
+                    "charts/elapsed": now - start_time,
+                    "charts/nan_resets": summary[-2],
+                    "charts/nan_updates": summary[-1],
+                    "charts/action_std": agent.std().mean(),
+                    "losses/explained_variance": explained,
+                    "losses/grad_norm": grad_norm,
+                }
+                metrics |= {f"losses/{k}": v / num_updates for k, v in zip(STATS, stats_sum, strict=True)}
+                names = ("charts/episodic_return", "charts/episodic_length", *(f"env/{k}" for k in envs.metric_names))
+                if summary[-3] > 0:
+                    metrics |= {name: total / count for name, total in zip(names, summary, strict=False)}
+                logger.log(metrics, global_step)
+                log_time, log_step = now, global_step
+            episodes.zero_(), num_episodes.zero_(), stats_sum.zero_()
+            num_updates = 0
+        logger.progress(global_step)
+
+        # --- checkpoint and evaluate
+        if iteration % args.checkpoint_interval == 0 or last:
+            save(f"model_{iteration}.pt")
+        if stop > 0:
+            break
+    logger.close()
+    print(f"rank {rank}: {global_step} steps in {time.time() - start_time:.1f} s") if rank == 0 else None
+
+
+if __name__ == "__main__":
+    args = cli.parse_args(Args, PRESETS, default_preset="reference" if torch.cuda.is_available() else "laptop")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.precision == "auto":
+        args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
+    if not args.ranks:
+        args.ranks = 1 if args.device != "cpu" else len(os.sched_getaffinity(0))
+    check_args(args)
+    args.log_dir = str(make_run_dir(args, "Go2-v0"))
+    distributed.launch(main, args, args.ranks)

@@ -1,0 +1,154 @@
+"""Checkpoints: whole or not there, readable without pickle, and one sentence for what cannot be loaded."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint
+
+
+def refusal(capsys, call) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_round_trip(tmp_path):
+    state = {"script": "a.py", "iteration": 3, "agent": {"w": torch.randn(3)}, "rng": checkpoint.rng_state()}
+    checkpoint.save(tmp_path / "checkpoints" / "model_3.pt", state)
+    loaded = checkpoint.load(tmp_path / "checkpoints" / "model_3.pt", "a.py")
+    assert loaded["iteration"] == 3 and torch.equal(loaded["agent"]["w"], state["agent"]["w"])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["model_3.pt"]
+
+
+@pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "os.replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "model_1.pt"
+    checkpoint.save(path, {"script": "a.py", "x": 1})
+
+    def crash(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr({"torch": torch, "os": os}[moment.split(".")[0]], moment.split(".")[1], crash)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"script": "a.py", "x": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path, "a.py")["x"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_killed_before_the_rename_leaves_the_old_file(tmp_path):
+    code = """
+import os, signal, sys
+from common import checkpoint
+path = sys.argv[1] + "/model_1.pt"
+checkpoint.save(path, {"script": "a.py", "x": 1})
+os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save(path, {"script": "a.py", "x": 2})
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert run.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.load(checkpoint.latest(tmp_path), "a.py")["x"] == 1
+
+
+def test_data_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("sync"))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), rename(a, b)))
+    checkpoint.save(tmp_path / "a.pt", {})
+    assert calls == ["sync", "rename", "sync"]
+
+
+def test_what_cannot_be_loaded(tmp_path, capsys):
+    good, bad = tmp_path / "model_1.pt", tmp_path / "model_2.pt"
+    checkpoint.save(good, {"script": "a.py", "w": torch.randn(1000)})
+    assert "is no file" in refusal(capsys, lambda: checkpoint.load(tmp_path / "absent.pt", "a.py"))
+    message = refusal(capsys, lambda: checkpoint.load(good, "b.py", flag="--resume"))
+    assert "--resume" in message and "a.py" in message and "b.py" in message
+    for damage in (b"", b"not a checkpoint", good.read_bytes()[:2000]):
+        bad.write_bytes(damage)
+        assert "--model-path" in refusal(capsys, lambda: checkpoint.load(bad, "a.py"))
+    torch.save({"script": "a.py", "f": subprocess.Popen}, bad)  # a pickle that could run code
+    assert "damaged or no checkpoint" in refusal(capsys, lambda: checkpoint.load(bad, "a.py"))
+    torch.save([1, 2], bad)
+    assert "another program" in refusal(capsys, lambda: checkpoint.load(bad, "a.py"))
+
+
+def test_latest(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    for i in (9, 10, 100):
+        checkpoint.save(folder / f"model_{i}.pt", {"script": "a.py", "i": i})
+    (folder / ".model_300.pt.1.tmp").write_bytes(b"half")
+    (folder / "best_model.pt").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) == checkpoint.latest(folder) == folder / "model_100.pt"
+    (folder / "model_100.pt").write_bytes((folder / "model_100.pt").read_bytes()[:300])
+    assert checkpoint.latest(tmp_path) == folder / "model_10.pt"
+    assert checkpoint.load(tmp_path, "a.py")["i"] == 10
+    assert checkpoint.latest(folder / "model_9.pt") == folder / "model_9.pt"
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    assert "--resume" in refusal(capsys, lambda: checkpoint.latest(tmp_path / "empty"))
+    assert "does not exist" in refusal(capsys, lambda: checkpoint.latest(tmp_path / "absent"))
+
+
+def test_rng_state(tmp_path):
+    def draw():
+        return [random.random(), random.gauss(0, 1), np.random.randn(3).tolist(), torch.randn(3).tolist()]
+
+    random.gauss(0, 1), np.random.randn()  # each now holds the second half of a pair
+    checkpoint.save(tmp_path / "a.pt", {"script": "a.py", "rng": checkpoint.rng_state()})
+    expected = draw()
+    assert draw() != expected
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "a.pt", "a.py")["rng"])
+    assert draw() == expected
+
+
+def test_interrupt(capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for first in (signal.SIGINT, signal.SIGTERM):
+        with checkpoint.Interrupt() as interrupt:
+            assert not interrupt
+            os.kill(os.getpid(), first)
+            assert interrupt
+            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may repeat it; saving goes on
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert "saved first" in capfd.readouterr().err
+
+
+def test_export_onnx(tmp_path, capfd):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.randn(48))
+            self.register_buffer("var", torch.rand(48) + 0.1)
+            sizes = (48, 64, 64, 12)
+            layers = [
+                m for a, b in zip(sizes, sizes[1:], strict=False) for m in (torch.nn.Linear(a, b), torch.nn.ELU())
+            ]
+            self.net = torch.nn.Sequential(*layers[:-1])
+
+        def forward(self, obs):
+            return self.net(((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)).clamp(-1, 1)
+
+    policy, path = Policy().train(), tmp_path / "policy.onnx"
+    checkpoint.export_onnx(policy, torch.zeros(1, 48), path)
+    assert policy.training and [p.name for p in tmp_path.iterdir()] == ["policy.onnx"]
+    assert capfd.readouterr() == ("", "")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs() + session.get_outputs()] == ["obs", "actions"]
+    for batch in (1, 7):
+        obs = 3 * torch.randn(batch, 48)
+        (actions,) = session.run(None, {"obs": obs.numpy()})
+        np.testing.assert_allclose(actions, policy(obs).detach().numpy(), atol=1e-5)
