@@ -8,7 +8,6 @@ MEASURED
 Of the 37 details these have no place here: see docs/details.md.
 """
 
-import json
 import math
 import os
 import time
@@ -23,12 +22,17 @@ import torch.nn as nn
 from torch.distributions import Normal
 
 from common import checkpoint, cli, distributed
+from common.cuda_graph import CudaGraph
 from common.envs.go2 import Go2Config, Go2Env
-from common.envs.go2_eval import evaluate, record_video, save_trajectories
-from common.logger import Logger, make_run_dir, peak_memory_mb, write_json
+from common.envs.go2_eval import evaluate, record_video, report, save_trajectories
+from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
 
 Normal.set_default_validate_args(False)
 
+SCRIPT = "ppo_go2_mujoco"
+# Settings of a run that its checkpoint does not pass on.
+NOT_SAVED = ("device", "ranks", "physics_threads", "resume", "eval_only", "model_path", "save_trajectories")
+NOT_SAVED += ("num_trajectories", "config", "batch_size", "minibatch_size")
 # Every flag that differs from the defaults of Args, which are those of `laptop`.
 PRESETS = {
     "laptop": {},
@@ -38,6 +42,8 @@ PRESETS = {
         num_iterations=10_000,
         learning_rate=1e-3,
         desired_kl=0.01,
+        gamma=0.99,
+        gae_lambda=0.95,
         ent_coef=0.01,
         update_epochs=5,
         num_minibatches=4,
@@ -115,11 +121,11 @@ class Args(Go2Config):
     """environment steps to train for (0: num_iterations)"""
     learning_rate: float = 1e-3
     """Adam's step size"""
-    desired_kl: float = 0.01
+    desired_kl: float = 0.02
     """adapt the learning rate to this KL divergence per update (0: anneal it linearly to zero)"""
-    gamma: float = 0.99
+    gamma: float = 0.97
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches per epoch"""
@@ -147,9 +153,9 @@ class Args(Go2Config):
     """initial standard deviation of the actions"""
     min_std: float = 0.05
     """smallest standard deviation"""
-    final_std: float = 0.25
-    """the largest allowed standard deviation falls linearly from init_std to this (0: no limit)"""
-    std_anneal_steps: int = 1_000_000
+    final_std: float = 0.2
+    """the largest allowed standard deviation falls from init_std to this, linearly in its log (0: no limit)"""
+    std_anneal_steps: int = 1_400_000
     """environment steps in which it falls"""
 
     ranks: int = 0
@@ -167,7 +173,7 @@ class Args(Go2Config):
     """computed at run time: samples per minibatch on this rank"""
 
 
-def layer_init(layer, std=math.sqrt(2), bias_const=0.0):  # detail 2: orthogonal initialisation
+def layer_init(layer, std=2**0.5, bias_const=0.0):  # detail 2: orthogonal initialisation
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -247,8 +253,8 @@ class Agent(nn.Module):
         return action, dist_.log_prob(action).sum(1), dist_.entropy().sum(1), self.get_value(obs), mean
 
     def forward(self, obs):
-        """The deterministic policy on raw observations: what is evaluated and exported."""
-        return self.get_mean(self.normalise(obs))
+        """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
+        return self.actor_mean(self.normalise(obs))
 
 
 # === gae ===
@@ -299,41 +305,18 @@ def ppo_loss(agent, args, mb_obs, mb_actions, mb_logprobs, mb_means, old_std, mb
 
 
 def adapt_learning_rate(learning_rate, kl, desired_kl):
-    """rsl_rl's rule, on the device: a factor 1.5 down above twice the desired KL, up below half of it."""
-    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where(kl < desired_kl / 2, 1.5, 1.0))
+    """rsl_rl's rule, on the device: by 1.5 down above twice the desired KL, up below half of it (but not at zero)."""
+    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where((kl > 0) & (kl < desired_kl / 2), 1.5, 1.0))
     return (learning_rate * factor).clamp(1e-5, 1e-2)
 
 
-class CudaGraph:
-    """Replays `fn(*tensors) -> tensors` as one CUDA graph. The outputs are overwritten by the next call."""
-
-    def __init__(self, fn):
-        self.fn, self.graph = fn, None
-
-    def __call__(self, *inputs):
-        if self.graph is None:
-            self.inputs = [x.clone() for x in inputs]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self.fn(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.fn(*self.inputs)
-        for static, new in zip(self.inputs, inputs, strict=True):
-            static.copy_(new)
-        self.graph.replay()
-        return self.outputs
+def env_config(args: Args) -> dict:
+    return {name: getattr(args, name) for name in Go2Config.__dataclass_fields__}
 
 
-def make_env(args: Args, device, num_envs: int, seed: int, **changes) -> Go2Env:
-    config = {name: getattr(args, name) for name in Go2Config.__dataclass_fields__} | changes
-    try:
-        return Go2Env(num_envs, device, seed, **config)
-    except ValueError as error:
-        cli.fail(str(error))
+def default_preset(args: Args) -> str:
+    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    return "reference" if on_gpu else "laptop"
 
 
 def check_args(args: Args):
@@ -342,14 +325,31 @@ def check_args(args: Args):
 
     positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_iterations", "substeps", "init_std")
     positive += ("log_interval", "checkpoint_interval", "video_interval", "eval_episodes", "learning_rate", "min_std")
+    positive += ("ranks", "num_trajectories", "max_grad_norm", "clip_coef", "std_anneal_steps")
     for name in positive:
         require_that(getattr(args, name) > 0, name, "a number above 0")
+    for name in ("total_timesteps", "desired_kl", "final_std", "target_kl", "eval_interval", "vf_coef"):
+        require_that(getattr(args, name) >= 0, name, "0 or a number above it")
+    require_that(args.hidden and min(args.hidden) > 0, "hidden", "numbers above 0")
     for name in ("gamma", "gae_lambda"):
         require_that(0 <= getattr(args, name) <= 1, name, "a number from 0 to 1")
     require_that(args.num_envs % args.ranks == 0, "num_envs", f"a multiple of the {args.ranks} ranks")
     per_rank = args.num_envs // args.ranks * args.num_steps
     what = f"a divisor of the {per_rank} samples per rank and iteration"
     require_that(per_rank % args.num_minibatches == 0, "num_minibatches", what)
+    require_that(args.eval_only or not args.save_trajectories, "save_trajectories", "a file only with --eval-only")
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            Go2Env(1, args.device, **env_config(args) | {"physics_threads": 1})
+        except ValueError as error:
+            cli.fail(str(error))
+
+
+def load_agent(agent: Agent, state: dict, flag: str):
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError:
+        cli.fail(f"{flag} got a policy for other observations or hidden layers; leave those flags as in training")
 
 
 def main(args: Args):
@@ -361,7 +361,7 @@ def main(args: Args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, distributed.num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         distributed.keep_freed_memory()
     torch.manual_seed(args.seed)  # the same networks on every rank
     args.physics_threads = args.physics_threads or torch.get_num_threads()
@@ -373,7 +373,7 @@ def main(args: Args):
     num_iterations = args.num_iterations
     if args.total_timesteps:
         num_iterations = math.ceil(args.total_timesteps / (args.batch_size * world_size))
-    envs = make_env(args, device, num_envs, args.seed + 1000 * rank)
+    envs = Go2Env(num_envs, device, args.seed + 1000 * rank, **env_config(args))
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     # --- agent
@@ -381,7 +381,7 @@ def main(args: Args):
     params = list(agent.parameters())
     learning_rate = torch.tensor(args.learning_rate, device=device)
     # detail 3: Adam's epsilon
-    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graphs)
     # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
     flat_grad = torch.zeros(sum(p.numel() for p in params) + 1, device=device)
     for p, grad in zip(params, flat_grad[:-1].split([p.numel() for p in params]), strict=True):
@@ -415,6 +415,7 @@ def main(args: Args):
         policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
     if args.cuda_graphs and device.type == "cuda":
         policy, accumulate_gradients = CudaGraph(policy), CudaGraph(accumulate_gradients)
+        apply_gradients = CudaGraph(apply_gradients)
 
     # --- storage, allocated once
     T, N = args.num_steps, num_envs
@@ -426,21 +427,24 @@ def main(args: Args):
     dones = torch.zeros(T, N, device=device)
     truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
 
-    iteration, global_step, elapsed, best_score = 0, 0, 0.0, -math.inf
-    if args.resume:
-        state = checkpoint.load(args.resume, args.exp_name, device)
-        agent.load_state_dict(state["agent"])
+    # --- resume
+    iteration, global_step, elapsed, best_score, stopped = 0, 0, 0.0, -math.inf, False
+    torch.manual_seed(args.seed + 1000 * rank)
+    state = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
+    if state:
+        load_agent(agent, state, "--resume")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(state["learning_rate"])
         iteration, global_step = state["iteration"], state["global_step"]
         elapsed, best_score = state["elapsed"], state["best_score"]
-    if args.resume and len(state["ranks"]) == world_size:
+    if state and len(state["ranks"]) == world_size and state["args"]["num_envs"] == args.num_envs:
         envs.load_state_dict(state["ranks"][rank]["envs"])
         checkpoint.set_rng_state(state["ranks"][rank]["rng"])
         next_obs = state["ranks"][rank]["next_obs"].to(device)
     else:
-        torch.manual_seed(args.seed + 1000 * rank)
+        if state and rank == 0:
+            print("warning: the checkpoint is of other ranks or num-envs, so the episodes begin anew")
         next_obs, _ = envs.reset(seed=args.seed + 1000 * rank, options={"random_phase": True})
 
     run_dir = Path(args.log_dir)
@@ -451,15 +455,16 @@ def main(args: Args):
     num_episodes = torch.zeros((), device=device)
     stats_sum, num_updates, bad_updates = torch.zeros(len(STATS), device=device), 0, torch.zeros((), device=device)
 
-    def save(name: str):
-        ranks = distributed.gather(
-            {"envs": envs.state_dict(), "rng": checkpoint.rng_state(), "next_obs": next_obs.cpu()}
-        )
+    def save(*names: str):
+        mine = {"envs": envs.state_dict(), "rng": checkpoint.rng_state(), "next_obs": next_obs.cpu()}
+        ranks = distributed.gather(mine)
         if rank == 0:
-            state = {"script": args.exp_name, "args": asdict(args), "iteration": iteration, "global_step": global_step}
+            state = {"script": SCRIPT, "args": asdict(args), "iteration": iteration, "global_step": global_step}
             state |= {"elapsed": time.time() - start_time, "best_score": best_score, "ranks": ranks}
             state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(run_dir / "checkpoints" / name, state | {"learning_rate": learning_rate.item()})
+            state |= {"learning_rate": learning_rate.item()}
+            for name in names:
+                checkpoint.save(run_dir / "checkpoints" / name, state)
 
     while iteration < num_iterations:
         # --- anneal
@@ -468,8 +473,9 @@ def main(args: Args):
             learning_rate.fill_(args.learning_rate * (1 - progress))
         if args.final_std:
             fraction = min(1.0, global_step / args.std_anneal_steps)
-            limit = args.init_std + fraction * (args.final_std - args.init_std)
-            agent.logstd_limits[1] = math.log(limit)
+            limit = (1 - fraction) * math.log(args.init_std) + fraction * math.log(args.final_std)
+            agent.logstd_limits[1] = limit
+            agent.actor_logstd.data.clamp_(max=limit)  # above the limit it would have no gradient
 
         # --- rollout
         for t in range(T):
@@ -501,7 +507,7 @@ def main(args: Args):
         # --- update
         for _ in range(args.update_epochs):
             b_inds = torch.randperm(args.batch_size, device=device)  # detail 6: shuffled, without replacement
-            mb_advantages = b_advantages[b_inds].view(args.num_minibatches, -1)
+            mb_advantages = b_advantages[b_inds].view(-1, args.minibatch_size)
             if args.norm_adv:  # detail 7: advantages normalised per minibatch, over all ranks
                 moments = torch.stack((mb_advantages.mean(1), mb_advantages.square().mean(1)))
                 if world_size > 1:
@@ -509,7 +515,7 @@ def main(args: Args):
                     moments /= world_size
                 mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
                 mb_advantages = (mb_advantages - mean[:, None]) / (std[:, None] + 1e-8)
-            for mb_inds, mb_advantage in zip(b_inds.view(args.num_minibatches, -1), mb_advantages, strict=True):
+            for mb_inds, mb_advantage in zip(b_inds.view(-1, args.minibatch_size), mb_advantages, strict=True):
                 stats = accumulate_gradients(
                     b_obs[mb_inds],
                     b_actions[mb_inds],
@@ -533,10 +539,11 @@ def main(args: Args):
         iteration += 1
 
         # --- log
-        stop = torch.tensor(float(bool(interrupt)))
+        stop = torch.tensor(float(bool(interrupt)), device=device)
         if world_size > 1:
-            dist.all_reduce(stop) if device.type == "cpu" else None
-        last = iteration == num_iterations or stop > 0
+            dist.all_reduce(stop)
+        stopped = stop.item() > 0
+        last = iteration == num_iterations or stopped
         if iteration % args.log_interval == 0 or last:
             summary = torch.cat((episodes, num_episodes[None], envs.nan_resets[None], bad_updates[None]))
             if world_size > 1:
@@ -565,22 +572,94 @@ def main(args: Args):
         logger.progress(global_step)
 
         # --- checkpoint and evaluate
-        if iteration % args.checkpoint_interval == 0 or last:
-            save(f"model_{iteration}.pt")
-        if stop > 0:
+        names = [f"model_{iteration}.pt"] if iteration % args.checkpoint_interval == 0 or last else []
+        if args.eval_interval and iteration % args.eval_interval == 0 and not last:
+            score = torch.zeros((), device=device)
+            if rank == 0:
+                result = run_evaluation(agent, args, device)
+                write_json(run_dir / "eval" / f"model_{iteration}.json", result)
+                logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, global_step)
+                score.fill_(-result["fall_rate"] - result["lin_vel_error"])
+            if world_size > 1:
+                dist.broadcast(score, 0)
+            if score > best_score:
+                best_score = score.item()
+                names.append("best_model.pt")
+        if args.capture_video and iteration % args.video_interval == 0 and rank == 0:
+            path = record_video(agent, env_config(args), run_dir / "videos" / f"model_{iteration}.mp4")
+            if path:
+                logger.video("videos/policy", path, global_step)
+        if iteration == num_iterations:
+            names += ["final_model.pt"]
+        if names:
+            save(*names)
+        if stopped:
             break
+
+    # --- what the run leaves
+    wall = time.time() - start_time
+    if rank == 0 and stopped:
+        print(f"stopped after iteration {iteration}; continue with --resume {run_dir}")
+    elif rank == 0:
+        checkpoint.export_onnx(agent.cpu(), torch.zeros(1, obs_dim), run_dir / "policy.onnx")
+        result = run_evaluation(agent, args, "cpu" if envs.physics.backend == "mujoco" else device)
+        report(agent.cpu(), env_config(args), result, run_dir, "final_model", args.save_video)
+        final = {"iterations": iteration, "global_step": global_step, "wall_seconds": wall}
+        final |= {"SPS": (global_step - start_step) / (wall - elapsed), "peak_memory_mb": peak_memory_mb(device)}
+        final |= {k: v for k, v in result.items() if k != "grid"}
+        write_json(run_dir / "summary.json", final | run_info())
+        if -result["fall_rate"] - result["lin_vel_error"] > best_score:
+            final_model = checkpoint.load(run_dir / "checkpoints" / "final_model.pt", SCRIPT)
+            checkpoint.save(run_dir / "checkpoints" / "best_model.pt", final_model)
+        print(f"{global_step:,} steps in {wall:.0f} s; everything is in {run_dir}")
     logger.close()
-    print(f"rank {rank}: {global_step} steps in {time.time() - start_time:.1f} s") if rank == 0 else None
+
+
+def evaluate_checkpoint(args: Args):
+    """--eval-only: metrics, heat map and video of --model-path, and demonstrations if asked for."""
+    state = checkpoint.load(args.model_path, SCRIPT, "cpu")
+    device = torch.device(args.device)
+    env = Go2Env(1, device, **env_config(args))
+    agent = Agent(env.single_observation_space.shape[0], env.single_action_space.shape[0], args).to(device)
+    load_agent(agent, state, "--model-path")
+    path = Path(args.model_path)
+    run_dir = Path(args.log_dir) if args.log_dir else path.parent.parent
+    result = run_evaluation(agent, args, device)
+    report(agent.cpu(), env_config(args), result, run_dir, path.stem, args.save_video)
+    if args.save_trajectories:
+        save_trajectories(agent.to(device), env_config(args), device, args.save_trajectories, args.num_trajectories)
+    print(f"everything is in {run_dir}")
+
+
+def run_evaluation(agent: Agent, args: Args, device) -> dict:
+    """`evaluate` of the deterministic policy, with every core at its disposal."""
+    agent.to(device)
+    return evaluate(agent, env_config(args) | {"physics_threads": 0}, device, args.eval_episodes)
 
 
 if __name__ == "__main__":
-    args = cli.parse_args(Args, PRESETS, default_preset="reference" if torch.cuda.is_available() else "laptop")
+    args = cli.parse_args(Args, PRESETS, default_preset=default_preset)
+    if args.resume or args.eval_only:
+        cli.check(args.resume or args.model_path, "--eval-only needs --model-path, a checkpoint or a run's folder")
+        flag = "--resume" if args.resume else "--model-path"
+        path = str(checkpoint.latest(args.resume or args.model_path, flag))
+        saved = checkpoint.load(path, SCRIPT, "cpu", flag)["args"]
+        args = cli.parse_args(Args, saved={k: v for k, v in saved.items() if k not in NOT_SAVED})
+        args.resume, args.model_path = (path, "") if args.resume else ("", path)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.precision == "auto":
         args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        args.ranks = int(os.environ["WORLD_SIZE"])
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" else len(os.sched_getaffinity(0))
+        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
     check_args(args)
-    args.log_dir = str(make_run_dir(args, "Go2-v0"))
-    distributed.launch(main, args, args.ranks)
+    if args.eval_only:
+        evaluate_checkpoint(args)
+    else:
+        if os.environ.get("RANK", "0") == "0":
+            args.log_dir = str(make_run_dir(args, "Go2-v0"))
+            what = f"{args.num_envs} robots, {args.precision}, {args.ranks} ranks"
+            print(f"preset {args.preset}: {what}, into {args.log_dir}")
+        distributed.launch(main, args, args.ranks)

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import io
+import os
 import re
 import sys
 import types
@@ -30,8 +31,9 @@ RUN_INFO = "run_info"  # key under which `args.yaml` holds commit, versions and 
 
 
 def fail(message: str) -> typing.NoReturn:
-    """Print one sentence on stderr and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print one sentence on stderr (not one per rank) and exit with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -54,6 +56,7 @@ def parse_args(
     presets: dict[str, dict] | None = None,
     default_preset: str | Callable[[typing.Any], str] = "",
     aliases: dict[str, str] = ALIASES,
+    saved: dict | None = None,
     argv: list[str] | None = None,
 ):
     """Read `Args` from its defaults, then a preset, then `--config FILE.yaml`, then the command line (the last wins).
@@ -61,6 +64,7 @@ def parse_args(
     Args: a dataclass; each field is a flag. Its field `preset`, if any, comes back holding the name of the preset used.
     presets: {name: {field: value}}. `--preset auto`, or none, takes `default_preset`.
     default_preset: a name, or a function of the args without a preset, which may look at `args.device`.
+    saved: settings of an earlier run, which then stand in for preset and file; the command line still wins.
     argv: the words of the command line, by default those of the process.
 
     Any mistake of the user ends the process with exit code 2 and one sentence that names the flag.
@@ -72,14 +76,17 @@ def parse_args(
     help_wanted = any(word in ("-h", "--help") for word in argv)
     given = _read_flags([word for word in argv if word not in ("-h", "--help")], hints, aliases)
     source = dict.fromkeys(given, "")
-    if "config" in hints and given.get("config"):
+    if "config" in hints and given.get("config") and saved is None:
         path = given["config"][0]
         from_file = _read_yaml(path, hints, aliases)
         source = dict.fromkeys(from_file, f" in {path}") | source
         given = from_file | given
 
     default = Args()
-    if presets and "preset" in hints:
+    if saved is not None:
+        given.pop("preset", None)
+        default = dataclasses.replace(default, **{name: value for name, value in saved.items() if name in hints})
+    elif presets and "preset" in hints:
         name = " ".join(given.pop("preset", ["auto"]))
         if name == "auto":
             name = default_preset

@@ -81,6 +81,11 @@ def keep_freed_memory():
         pass
 
 
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_bfloat16(device: str) -> bool:
     """Whether the device multiplies matrices in bfloat16 by hardware."""
     if device.startswith("cuda"):

@@ -5,6 +5,8 @@
 Both show their state as torch tensors that share memory with the simulator, so writing one is setting the state.
 """
 
+import copy
+import re
 import warnings
 
 import mujoco
@@ -13,15 +15,25 @@ import torch
 STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
 OUTPUTS = ("sensordata", "actuator_force")
 BACKENDS = ("auto", "mujoco", "warp")
+# What `set_const` computes, all of it per world where masses or inertias are.
+DERIVED = ("body_subtreemass", "body_invweight0", "dof_invweight0", "actuator_acc0")
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """`auto` is warp on CUDA and mujoco on a CPU. Raises ValueError for a backend that does not fit the device."""
+def resolve_backend(backend: str, device: str | torch.device) -> tuple[torch.device, str]:
+    """The device and the backend on it; `auto` is warp on CUDA and mujoco on a CPU. Raises ValueError, in one
+    sentence, for a device that is not there and a backend that does not fit it.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"--backend got {backend!r}; it takes one of {', '.join(BACKENDS)}")
+    name = str(device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device got {name!r}; it takes cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device got {name!r}, and torch finds {torch.cuda.device_count()} CUDA devices here")
     if backend == "mujoco" and device.type != "cpu":
         raise ValueError(f"--backend mujoco runs on the CPU, got --device {device}; use --backend warp")
-    return ("warp" if device.type == "cuda" else "mujoco") if backend == "auto" else backend
+    return device, ("warp" if device.type == "cuda" else "mujoco") if backend == "auto" else backend
 
 
 class BatchedMujoco:
@@ -47,8 +59,8 @@ class BatchedMujoco:
         """`num_threads` (0: all cores) is for `mujoco`; `nconmax` contacts and `njmax` constraint rows per world are
         `warp`'s buffer sizes (None: its own estimate). Raises ValueError for a backend that does not fit the device.
         """
-        self.model, self.num_envs, self.device = model, num_envs, torch.device(device)
-        self.backend = resolve_backend(backend, self.device)
+        self.model, self.num_envs = copy.copy(model), num_envs
+        self.device, self.backend = resolve_backend(backend, device)
         if self.backend == "mujoco":
             self._init_mujoco(num_threads, per_world)
         else:
@@ -70,10 +82,18 @@ class BatchedMujoco:
         import mujoco_warp as mjw
         import warp as wp
 
-        wp.config.quiet = True
+        wp.config.log_level = wp.LOG_WARNING
         self._wp, self._mjw, self._graphs = wp, mjw, {}
+        # Warp has neither of the two to switch off, and refuses a model that asks for it.
+        self.model.opt.disableflags &= ~(mujoco.mjtDisableBit.mjDSBL_MIDPHASE | mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+        batched = (*per_world, *DERIVED) if {"body_mass", "body_inertia"} & set(per_world) else per_world
         with wp.ScopedDevice(str(self.device)):
-            self._m = mjw.put_model(self.model, batch_sizes={name: self.num_envs for name in per_world})
+            try:
+                self._m = mjw.put_model(self.model, batch_sizes={name: self.num_envs for name in batched})
+            except NotImplementedError as error:
+                raise ValueError(f"--backend warp cannot run this model: {error}") from None
+            # The few iterations of the solver are meant; without this, every step that uses them all prints.
+            self._m.opt.warn_overflow &= ~(mjw.OverflowType.ITERATIONS | mjw.OverflowType.LS_ITERATIONS)
             self._d = mjw.make_data(self.model, nworld=self.num_envs, nconmax=nconmax, njmax=njmax)
         for name in STATE + OUTPUTS:
             setattr(self, name, wp.to_torch(getattr(self._d, name)))

@@ -101,11 +101,12 @@ class Recorder:
         )
         self.writer.send(None)
 
-    def frame(self, state, lines: Iterable[str] = (), track_body: str = "base", arrows: Iterable = ()) -> np.ndarray:
+    def frame(self, state, lines: Iterable = (), track_body: str = "base", arrows: Iterable = ()) -> np.ndarray:
         """Draw one frame, add it to the video and return it as uint8 (height, width, 3).
 
         state: an MjData of the model, or qpos (nq,) as an array or tensor.
-        lines: text in the upper left corner.
+        lines: text in the upper left corner; a line is a string, or (string, colour) for one that is not white. A tab
+            ends a column.
         track_body: name of the body that the camera follows; "" leaves the camera where it is.
         arrows: (position (3,), vector (3,), rgba) each, in metres and world axes.
         """
@@ -128,10 +129,14 @@ class Recorder:
             self._add_arrow(np.asarray(position, np.float64), np.asarray(vector, np.float64), rgba)
         image = self.renderer.render()
         if lines:
-            text = "\n".join(lines).replace(" ", "  ")  # the font's own spaces vanish between outlined words
             canvas = Image.fromarray(image)
             draw = ImageDraw.Draw(canvas)
-            draw.multiline_text((8, 6), text, "white", self.font, stroke_width=2, stroke_fill="black")
+            for row, line in enumerate(lines):
+                text, color = (line, "white") if isinstance(line, str) else line
+                for column, cell in enumerate(text.split("\t")):
+                    cell = cell.replace(" ", "  ")  # the font's own spaces vanish between outlined words
+                    corner = (8 + round(column * 8 * self.font.size), 6 + round(row * 1.4 * self.font.size))
+                    draw.text(corner, cell, color, self.font, stroke_width=2, stroke_fill="black")
             image = np.asarray(canvas)
         self.writer.send(np.ascontiguousarray(image))
         return image

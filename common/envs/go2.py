@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import mujoco
@@ -19,6 +19,7 @@ JOINTS = tuple(f"{leg}_{part}_joint" for leg in LEGS for part in ("hip", "thigh"
 DEFAULT_POSE = (0.0, 0.8, -1.5, 0.0, 0.8, -1.5, 0.0, 1.0, -1.5, 0.0, 1.0, -1.5)  # rad, Genesis go2_train.py
 TORQUE_LIMITS = (23.7, 23.7, 45.43) * 4  # Nm, Unitree's published Go2 description
 CONTROL_DT = 0.02  # s
+MAX_LATENCY = 4  # control steps
 COMMAND_SCALE = (2.0, 2.0, 0.25, 2.0, 2.0)  # observation scales of legged_gym and, for height and jump, Genesis' forks
 LIN_VEL_SCALE, ANG_VEL_SCALE, DOF_VEL_SCALE = 2.0, 0.25, 0.05
 # Half widths of uniform noise in SI units, legged_gym `noise_scales`: lin vel, ang vel, gravity, q, qd
@@ -37,14 +38,17 @@ REFERENCE = {
     "pose": -0.1,
 }
 NATURAL = REFERENCE | {
-    "lin_vel": 1.5,
+    "lin_vel": 2.0,
     "ang_vel": 0.5,
     "action_rate": -0.01,
+    "pose": -0.05,
     "ang_vel_xy": -0.05,
-    "air_time": 1.0,
+    "orientation": -5.0,
+    "termination": -100.0,
+    "air_time": 2.0,
     "clearance": -10.0,
     "slip": -0.1,
-    "trot": 0.5,
+    "trot": 1.0,
     "stand": -0.3,
     "power": -0.0005,
 }
@@ -204,6 +208,28 @@ def _foot_names(model) -> list[str]:
     return [leg if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, leg) >= 0 else f"{leg}_foot" for leg in LEGS]
 
 
+def _check(cfg: Go2Config, num_envs: int):
+    """Raises ValueError, in one sentence, for a setting that no environment can have."""
+
+    def require(valid: bool, name: str, takes: str, got):
+        if not valid:
+            raise ValueError(f"--{name.replace('_', '-')} takes {takes}, got {got!r}")
+
+    for field in fields(cfg):
+        value, choices = getattr(cfg, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal:
+            require(value in choices, field.name, f"one of {', '.join(choices)}", value)
+    require(num_envs >= 1, "num_envs", "1 or more", num_envs)
+    for name in ("substeps", "solver_iterations", "history"):
+        require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
+    for name in ("resample_seconds", "episode_seconds"):
+        require(getattr(cfg, name) >= CONTROL_DT, name, f"{CONTROL_DT} s or more", getattr(cfg, name))
+    require(0 <= cfg.action_latency <= 3, "action_latency", "0 to 3 control steps", cfg.action_latency)
+    low, high = cfg.latency_range
+    room = MAX_LATENCY - cfg.action_latency
+    require(0 <= low <= high <= room, "latency_range", f"two rising numbers within 0 to {room}", cfg.latency_range)
+
+
 class Go2Env(VectorEnv):
     """The vector environment of DESIGN.md: torch tensors on `device`, same-step autoreset, true last observations.
 
@@ -218,12 +244,9 @@ class Go2Env(VectorEnv):
         if unknown:
             raise ValueError(f"Go2Env has no setting {', '.join(sorted(unknown))}")
         self.cfg = cfg = Go2Config(**config)
-        if not 0 <= cfg.action_latency <= 3:
-            raise ValueError(f"--action-latency takes 0 to 3 control steps, got {cfg.action_latency}")
-        if cfg.history < 1:
-            raise ValueError(f"--history takes 1 or more, got {cfg.history}")
-        self.num_envs, self.device = num_envs, torch.device(device)
-        backend = resolve_backend(cfg.backend, self.device)
+        _check(cfg, num_envs)
+        self.device, backend = resolve_backend(cfg.backend, device)
+        self.num_envs = num_envs
         self.model = build_model(cfg, backend)
         per_world = ("geom_friction", "body_mass", "body_inertia", "actuator_gainprm", "actuator_biasprm")
         self.physics = BatchedMujoco(
@@ -268,9 +291,10 @@ class Go2Env(VectorEnv):
         self.fixed_commands = None  # (num_envs, commands) to evaluate with, in place of random ones
         self.command = zeros(N, len(names))
         self.action = zeros(N, 12)  # the newest action, part of the observation
-        self.pending = zeros(N, 5, 12)  # the last five actions, newest first, for latency
+        self.pending = zeros(N, MAX_LATENCY + 1, 12)  # the last actions, newest first
         self.latency = torch.full((N,), cfg.action_latency, device=self.device)
         self.episode_length = torch.zeros(N, dtype=torch.long, device=self.device)
+        self.phase = torch.zeros_like(self.episode_length)  # the episode length at reset
         self.air_time = zeros(N, 4)  # s, per foot in the order of LEGS
         self.foot_pos = zeros(N, 4, 3)
         self.jump_time = zeros(N) - 1.0  # s since a jump was commanded; negative: none under way
@@ -283,8 +307,8 @@ class Go2Env(VectorEnv):
             self._nominal = {name: field[0].clone() for name, field in self.physics.fields.items()}
             self._randomise_bodies()
 
-    BUFFERS = ("command", "action", "pending", "latency", "episode_length", "air_time", "foot_pos", "jump_time")
-    BUFFERS += ("jump_peak", "history", "totals", "nan_resets")
+    BUFFERS = ("command", "action", "pending", "latency", "episode_length", "phase", "air_time", "foot_pos")
+    BUFFERS += ("jump_time", "jump_peak", "history", "totals", "nan_resets")
 
     def _tensor(self, values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
@@ -300,10 +324,14 @@ class Go2Env(VectorEnv):
             name, _, value = item.partition("=")
             if name not in TERMS:
                 raise ValueError(f"--reward-weights: there is no term {name!r}; the terms are {', '.join(TERMS)}")
+            if name in JUMP and self.cfg.commands != "full":
+                raise ValueError(f"--reward-weights: {name} needs --commands full")
             try:
                 weights[name] = float(value)
             except ValueError:
                 raise ValueError(f"--reward-weights: {item!r} is not of the form term=number") from None
+            if not math.isfinite(weights[name]):
+                raise ValueError(f"--reward-weights: {item!r} is not a finite number")
         return weights
 
     # --- the Gymnasium interface
@@ -314,15 +342,16 @@ class Go2Env(VectorEnv):
             self.generator.manual_seed(seed)
         self._reset(self._everyone)
         if options and options.get("random_phase"):  # detail 14, in the form used with a time limit
-            phase = self._uniform(self.num_envs) * self.max_episode_length
-            self.episode_length = phase.long()
+            self.phase = (self._uniform(self.num_envs) * self.max_episode_length).long()
+            self.episode_length = self.phase
         self._read_state()
         return self._observe(self._everyone), {}
 
     def step(self, actions: torch.Tensor):
         """One control step of 0.02 s. See DESIGN.md for what it returns."""
         cfg, last_action = self.cfg, self.action
-        self.action = actions.detach().to(self.device, torch.float32)
+        # A copy: the caller may reuse the tensor (a CUDA graph's output) before `last_action` is read.
+        self.action = torch.as_tensor(actions, dtype=torch.float32, device=self.device).detach().clone()
         self.pending = torch.cat((self.action[:, None], self.pending[:, :-1]), 1)
         if cfg.randomise:
             executed = self.pending[torch.arange(self.num_envs, device=self.device), self.latency]
@@ -334,21 +363,18 @@ class Go2Env(VectorEnv):
         self.episode_length = self.episode_length + 1
         self._read_state()
 
-        finite = torch.isfinite(self.physics.qpos).all(1) & torch.isfinite(self.physics.qvel).all(1)
         reward, terms = self._rewards(last_action)
+        finite = torch.isfinite(self.physics.qpos).all(1) & torch.isfinite(self.physics.qvel).all(1)
+        finite = finite & torch.isfinite(self.action).all(1) & torch.isfinite(reward)
         reward = torch.where(finite, reward, 0.0)
         self.totals = self.totals + torch.where(finite, terms, 0.0)
-        # Euler angles of the body's z axis; atan2 keeps roll right when the robot lies on its back.
-        pitch = torch.asin(self.gravity[:, 0].clamp(-1, 1))
-        roll = torch.atan2(-self.gravity[:, 1], -self.gravity[:, 2])
-        limit = math.radians(cfg.termination_degrees)
-        terminated = (pitch.abs() > limit) | (roll.abs() > limit) | ~finite
+        terminated = self.tilted | ~finite
         truncated = (self.episode_length >= self.max_episode_length) & ~terminated
         done = terminated | truncated
         self.nan_resets = self.nan_resets + (~finite).sum()
 
         obs = final_obs = torch.nan_to_num(self._observe(~self._everyone), posinf=0.0, neginf=0.0)
-        length = self.episode_length
+        length = self.episode_length - self.phase
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
         info["episode"] = {"r": self.totals[0], "l": length}
         info["episode"] |= {name: self.totals[1 + i] / length for i, name in enumerate(self.metric_names)}
@@ -396,6 +422,10 @@ class Go2Env(VectorEnv):
         self.height = qpos[:, 2]
         self.dof_pos = qpos[:, self._q] - self.default_pose
         self.dof_vel = qvel[:, self._v]
+        # Euler angles of the body's z axis; atan2 keeps roll right when the robot lies on its back.
+        pitch = torch.asin(self.gravity[:, 0].clamp(-1, 1))
+        roll = torch.atan2(-self.gravity[:, 1], -self.gravity[:, 2])
+        self.tilted = torch.maximum(pitch.abs(), roll.abs()) > math.radians(self.cfg.termination_degrees)
 
     def _observe(self, reset: torch.Tensor, refresh: bool = False) -> torch.Tensor:
         """(num_envs, obs_dim * history). `reset` marks new episodes, whose history is filled with the first
@@ -419,9 +449,10 @@ class Go2Env(VectorEnv):
     def _rewards(self, last_action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reward (num_envs,), and (3 + terms, num_envs): reward, velocity error, yaw rate error, weighted terms.
 
-        Sources: the first six terms are Genesis examples/locomotion/go2_env.py; ang_vel_xy, air_time, slip and stand
-        legged_gym legged_robot.py; clearance Ji et al. 2022 (arXiv 2202.05481) eq. 4; trot the contact pattern of
-        Margolis & Agrawal 2022 (arXiv 2212.03238) without its clock; power Fu et al. 2021 (arXiv 2111.01674).
+        Sources: the first six terms are Genesis examples/locomotion/go2_env.py; ang_vel_xy, orientation, termination,
+        air_time, slip and stand legged_gym legged_robot.py; clearance Ji et al. 2022 (arXiv 2202.05481) eq. 4; trot
+        the contact pattern of Margolis & Agrawal 2022 (arXiv 2212.03238) without its clock; power Fu et al. 2021
+        (arXiv 2111.01674).
         """
         command, dt = self.command, CONTROL_DT
         lin_error = (command[:, :2] - self.lin_vel[:, :2]).square().sum(1)
@@ -439,11 +470,14 @@ class Go2Env(VectorEnv):
             sensors = self.physics.sensordata.float()
             foot_pos, contact = sensors[:, :12].view(-1, 4, 3), sensors[:, 12:] > 0
             # The sensors are one control step apart, so their difference is the mean velocity in between.
-            foot_vel = (foot_pos - self.foot_pos)[..., :2].norm(dim=2) / dt * (self.episode_length > 1)[:, None]
+            known = self.episode_length - self.phase > 1
+            foot_vel = (foot_pos - self.foot_pos)[..., :2].norm(dim=2) / dt * known[:, None]
             moving = (command[:, :2].norm(dim=1) > 0.1) | (command[:, 2].abs() > 0.1)
             fr, fl, rr, rl = contact.unbind(1)
             terms |= {
                 "ang_vel_xy": self.ang_vel[:, :2].square().sum(1),
+                "orientation": self.gravity[:, :2].square().sum(1),
+                "termination": self.tilted,
                 "air_time": ((self.air_time - 0.2).clamp(max=0.1) * contact * (self.air_time > 0)).sum(1) * moving,
                 "clearance": ((foot_pos[..., 2] - SWING_HEIGHT).square() * foot_vel * ~contact).sum(1),
                 "slip": (foot_vel.square() * contact).sum(1),
@@ -462,7 +496,9 @@ class Go2Env(VectorEnv):
         weighted = torch.stack([terms[name] * (weight * dt) for name, weight in self.weights.items()])
         reward = weighted.sum(0)
         if self.cfg.rewards == "natural":
-            reward = reward.clamp(min=0)  # legged_gym only_positive_rewards: else falling early pays at first
+            # legged_gym only_positive_rewards, else falling early pays at first; its termination term stays as it is.
+            fall = self.tilted * (self.weights["termination"] * dt)
+            reward = (reward - fall).clamp(min=0) + fall
         return reward, torch.cat((torch.stack((reward, lin_error.sqrt(), yaw_error.sqrt())), weighted))
 
     # --- commands, resets and disturbances
@@ -507,7 +543,7 @@ class Go2Env(VectorEnv):
         qpos[:, self._q] += self.cfg.spawn_noise * self._uniform(self.num_envs, 12, low=-1.0)
         self.physics.reset(mask, qpos, torch.zeros(self.num_envs, 18, device=self.device))
         self.command = torch.where(mask[:, None], self._sample_commands(), self.command)
-        for name in ("action", "pending", "episode_length", "air_time", "foot_pos"):
+        for name in ("action", "pending", "episode_length", "phase", "air_time", "foot_pos", "jump_peak"):
             old = getattr(self, name)
             setattr(self, name, old.masked_fill(mask.view(-1, *[1] * (old.dim() - 1)), 0))
         self.jump_time = self.jump_time.masked_fill(mask, -1.0)

@@ -1,0 +1,114 @@
+"""The peer: rsl_rl's PPO on the very same Go2Env, with the flags of ppo_go2_mujoco.py mapped to rsl_rl's own.
+
+    python benchmark/rsl_rl_go2.py --seed 1 --num-iterations 120 --checkpoint-interval 40 --log-dir runs/peer
+
+Leaves `checkpoints/model_{iteration}.pt` (TorchScript, raw observations to mean actions) and `summary.json`. One
+process, with torch's default threads and physics on all cores. Its writer is off, which also spares it the episode
+statistics that ours keeps. What stays different, because rsl_rl has no such setting or has it built in:
+
+- the standard deviation is learned freely (ours is also bounded from above, falling to --final-std),
+- a time limit is bootstrapped with V(s_t), ours with V(s_t+1) of the true last observation,
+- torch's default initialisation, ours orthogonal; Adam's epsilon 1e-8, ours 1e-5,
+- gradients are clipped for actor and critic apart, ours together,
+- normalised observations are not clipped, ours at 10,
+- its mixed precision is bfloat16 autocast of the update alone; ours covers the rollout too.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ppo_go2_mujoco as ppo
+from common import cli, distributed
+from common.envs.go2 import Go2Env
+from common.logger import peak_memory_mb, write_json
+
+rsl_rl_env = cli.require("rsl_rl.env", "rsl-rl-lib==5.5.1")
+runners = cli.require("rsl_rl.runners", "rsl-rl-lib==5.5.1")
+TensorDict = cli.require("tensordict", "tensordict").TensorDict
+
+
+class Adapter(rsl_rl_env.VecEnv):
+    """Go2Env as rsl_rl wants it: one observation group, time-outs in `extras`."""
+
+    def __init__(self, env: Go2Env, seed: int):
+        self.env, self.cfg, self.device = env, {}, env.device
+        self.num_envs, self.num_actions, self.max_episode_length = env.num_envs, 12, env.max_episode_length
+        self.obs, _ = env.reset(seed=seed, options={"random_phase": True})
+
+    @property
+    def episode_length_buf(self):
+        return self.env.episode_length
+
+    def get_observations(self):
+        return TensorDict({"policy": self.obs}, batch_size=[self.num_envs], device=self.device)
+
+    def step(self, actions):
+        self.obs, reward, terminated, truncated, _ = self.env.step(actions)
+        return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
+
+
+def runner_config(args: ppo.Args) -> dict:
+    model = {"class_name": "MLPModel", "hidden_dims": list(args.hidden), "activation": "elu"}
+    model |= {"obs_normalization": args.norm_obs}
+    gaussian = {"class_name": "GaussianDistribution", "init_std": args.init_std, "std_type": "log"}
+    return {
+        "num_steps_per_env": args.num_steps,
+        "save_interval": 0,  # read only with a writer
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": model | {"distribution_cfg": gaussian},
+        "critic": model,
+        "algorithm": {
+            "class_name": "PPO",
+            "num_learning_epochs": args.update_epochs,
+            "num_mini_batches": args.num_minibatches,
+            "clip_param": args.clip_coef,
+            "gamma": args.gamma,
+            "lam": args.gae_lambda,
+            "value_loss_coef": args.vf_coef / 2,  # its value loss has no factor 0.5
+            "entropy_coef": args.ent_coef,
+            "learning_rate": args.learning_rate,
+            "max_grad_norm": args.max_grad_norm,
+            "use_clipped_value_loss": args.clip_vloss,
+            "schedule": "adaptive",
+            "desired_kl": args.desired_kl,
+            "normalize_advantage_per_mini_batch": args.norm_adv,
+            "use_mixed_precision": args.precision == "bfloat16",
+        },
+    }
+
+
+def main():
+    args = cli.parse_args(ppo.Args, ppo.PRESETS, default_preset="laptop")
+    cli.check(args.desired_kl > 0, "--desired-kl got 0; the peer is run with its adaptive learning rate")
+    cli.check(bool(args.log_dir), "--log-dir got ''; it takes a folder")
+    if args.precision == "auto":
+        args.precision = "bfloat16" if distributed.has_bfloat16("cpu") else "float32"
+    run_dir = Path(args.log_dir)
+    torch.manual_seed(args.seed)
+    env = Adapter(Go2Env(args.num_envs, "cpu", args.seed, **ppo.env_config(args)), args.seed)
+    runner = runners.OnPolicyRunner(env, runner_config(args), log_dir=None, device="cpu")
+    iterations = -(-args.total_timesteps // (args.num_envs * args.num_steps)) or args.num_iterations
+    done, seconds = 0, 0.0
+    while done < iterations:
+        chunk = min(args.checkpoint_interval, iterations - done)
+        began = time.time()
+        runner.learn(chunk)
+        seconds += time.time() - began
+        done += chunk
+        runner.export_policy_to_jit(str(run_dir / "checkpoints"), f"model_{done}.pt")
+        steps = done * args.num_envs * args.num_steps
+        std = runner.alg.get_policy().output_std.mean().item()
+        print(f"iteration {done}: {steps:,} steps, {steps / seconds:,.0f} per second, action std {std:.3f}", flush=True)
+    finite = all(p.isfinite().all() for p in runner.alg.get_policy().parameters())
+    summary = {"iterations": done, "global_step": steps, "wall_seconds": seconds, "SPS": steps / seconds}
+    summary |= {"torch_threads": torch.get_num_threads(), "finite": finite, "peak_memory_mb": peak_memory_mb()}
+    write_json(run_dir / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    main()
