@@ -42,6 +42,7 @@ PRESETS = {
         num_iterations=10_000,
         learning_rate=1e-3,
         desired_kl=0.01,
+        final_kl=0.01,
         gamma=0.99,
         gae_lambda=0.95,
         ent_coef=0.01,
@@ -50,6 +51,7 @@ PRESETS = {
         hidden=(512, 256, 128),
         init_std=1.0,
         final_std=0.0,
+        min_std=0.01,
         norm_obs=False,
         rewards="reference",
         kp=20.0,
@@ -115,7 +117,7 @@ class Args(Go2Config):
     """parallel robots, over all ranks"""
     num_steps: int = 24
     """control steps per robot and iteration"""
-    num_iterations: int = 400
+    num_iterations: int = 600
     """iterations; --total-timesteps overrides it"""
     total_timesteps: int = 0
     """environment steps to train for (0: num_iterations)"""
@@ -123,6 +125,8 @@ class Args(Go2Config):
     """Adam's step size"""
     desired_kl: float = 0.02
     """adapt the learning rate to this KL divergence per update (0: anneal it linearly to zero)"""
+    final_kl: float = 0.005
+    """desired_kl falls linearly to this by the end"""
     gamma: float = 0.97
     """discount"""
     gae_lambda: float = 0.9
@@ -151,11 +155,11 @@ class Args(Go2Config):
     """widths of the hidden layers of actor and critic"""
     init_std: float = 1.0
     """initial standard deviation of the actions"""
-    min_std: float = 0.05
+    min_std: float = 0.3
     """smallest standard deviation"""
-    final_std: float = 0.2
-    """the largest allowed standard deviation falls from init_std to this, linearly in its log (0: no limit)"""
-    std_anneal_steps: int = 1_400_000
+    final_std: float = 0.3
+    """the largest allowed standard deviation falls linearly from init_std to this (0: no limit)"""
+    std_anneal_steps: int = 1_000_000
     """environment steps in which it falls"""
 
     ranks: int = 0
@@ -379,7 +383,7 @@ def main(args: Args):
     # --- agent
     agent = Agent(obs_dim, action_dim, args).to(device)
     params = list(agent.parameters())
-    learning_rate = torch.tensor(args.learning_rate, device=device)
+    learning_rate, desired_kl = (torch.tensor(x, device=device) for x in (args.learning_rate, args.desired_kl))
     # detail 3: Adam's epsilon
     optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graphs)
     # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
@@ -401,7 +405,7 @@ def main(args: Args):
     def apply_gradients():
         flat_grad.div_(world_size)
         if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
-            learning_rate.copy_(adapt_learning_rate(learning_rate, flat_grad[-1], args.desired_kl))
+            learning_rate.copy_(adapt_learning_rate(learning_rate, flat_grad[-1], desired_kl))
         grads = flat_grad[:-1]
         norm = grads.norm()
         finite = torch.isfinite(norm)
@@ -469,11 +473,12 @@ def main(args: Args):
     while iteration < num_iterations:
         # --- anneal
         progress = iteration / num_iterations
+        desired_kl.fill_(args.desired_kl + progress * (args.final_kl - args.desired_kl))
         if not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
         if args.final_std:
             fraction = min(1.0, global_step / args.std_anneal_steps)
-            limit = (1 - fraction) * math.log(args.init_std) + fraction * math.log(args.final_std)
+            limit = math.log((1 - fraction) * args.init_std + fraction * args.final_std)
             agent.logstd_limits[1] = limit
             agent.actor_logstd.data.clamp_(max=limit)  # above the limit it would have no gradient
 
@@ -622,8 +627,7 @@ def evaluate_checkpoint(args: Args):
     env = Go2Env(1, device, **env_config(args))
     agent = Agent(env.single_observation_space.shape[0], env.single_action_space.shape[0], args).to(device)
     load_agent(agent, state, "--model-path")
-    path = Path(args.model_path)
-    run_dir = Path(args.log_dir) if args.log_dir else path.parent.parent
+    path, run_dir = Path(args.model_path), Path(args.log_dir)
     result = run_evaluation(agent, args, device)
     report(agent.cpu(), env_config(args), result, run_dir, path.stem, args.save_video)
     if args.save_trajectories:
@@ -644,6 +648,8 @@ if __name__ == "__main__":
         flag = "--resume" if args.resume else "--model-path"
         path = str(checkpoint.latest(args.resume or args.model_path, flag))
         saved = checkpoint.load(path, SCRIPT, "cpu", flag)["args"]
+        if Path(path).parent.name == "checkpoints":  # a run goes on where it is, even if it was moved
+            saved["log_dir"] = str(Path(path).parent.parent)
         args = cli.parse_args(Args, saved={k: v for k, v in saved.items() if k not in NOT_SAVED})
         args.resume, args.model_path = (path, "") if args.resume else ("", path)
     if args.device == "auto":

@@ -21,6 +21,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,8 +34,8 @@ from common.envs.go2 import Go2Env
 
 SCRIPT, NUM_ENVS, NUM_STEPS, INTERVAL = "ppo_go2_mujoco.py", 64, 24, 2
 SMALL = ["--preset", "laptop", "--num-envs", NUM_ENVS, "--num-steps", NUM_STEPS, "--no-save-video"]
-WILD = "--randomise --friction-range 0.05 3 --mass-range 0.3 2 --payload-range -4 10 --strength-range 0.3 2"
-WILD += " --gain-range 0.3 3 --latency-range 0 3 --push-interval 0.5 --push-velocity 5 --observation-noise 5"
+WILD = "--randomise --friction-range 0.1 2 --mass-range 0.5 1.5 --payload-range -3 6 --strength-range 0.5 1.5"
+WILD += " --gain-range 0.5 1.5 --latency-range 0 2 --push-interval 2 --push-velocity 2 --observation-noise 3"
 UNSTABLE = "--randomise --action-scale 30 --kp 4000 --substeps 1 --solver-iterations 1 --termination-degrees 180"
 INJECTED = {"qvel": (math.nan, math.inf, 1e30, 1e4), "qpos": (math.nan, -math.inf, 1e30)}  # m/s, m
 
@@ -186,11 +187,13 @@ def hostile(report: str, probability: float, flags: list[str]):
         obs, reward, terminated, truncated, info = step(env, actions)
         for name, value in {"obs": obs, "reward": reward, "final_obs": info["final_obs"]}.items():
             if not value.isfinite().all():
-                raise AssertionError(f"NOT FINITE: {name} of {(~value.isfinite()).sum()} entries")
+                rows = int((~value.isfinite()).view(env.num_envs, -1).any(1).sum())
+                print(f"\nNOT FINITE: {name} of {rows} robots after {seen['steps']} steps", flush=True)
+                os._exit(1)  # an exception would have to wait for the other rank
         seen["steps"] += 1
         seen["spoilt"] += len(bad)
         seen["largest_observation"] = max(seen["largest_observation"], info["final_obs"].abs().max().item())
-        if seen["steps"] % 240 == 0:
+        if seen["steps"] % 24 == 0:
             Path(f"{report}_{rank_of()}.json").write_text(json.dumps(seen))
         return obs, reward, terminated, truncated, info
 
@@ -205,14 +208,21 @@ def train_hostile(folder: Path, name: str, minutes: float, probability: float, f
     command = ["hostile", report, probability, "--preset", "laptop", "--log-dir", run_dir, "--no-save-video"]
     command += ["--num-iterations", 1_000_000, "--checkpoint-interval", 1_000_000, "--log-interval", 5, *flags]
     # MuJoCo appends its warnings to a file in the current folder.
-    process = tools.start("benchmark/go2_reliability.py", command, log, cwd=folder)
+    process = tools.start("benchmark/go2_reliability.py", command, log, cwd=folder, start_new_session=True)
+    while process.poll() is None and not re.search(r"step [\d,]+\n", log.read_text()):
+        time.sleep(0.2)
     deadline = time.time() + 60 * minutes
     while process.poll() is None and time.time() < deadline:
         time.sleep(0.2)
     process.terminate()  # it finishes its iteration, saves and leaves
-    code, failures = process.wait(), []
+    try:
+        code, failures = process.wait(120), []
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        code, failures = "none, two minutes after SIGTERM", []
     if code:
         line = next((x for x in log.read_text().splitlines() if "NOT FINITE" in x), f"it ended with code {code}")
+        print(f"{name}: {line}", flush=True)
         return {"failed": line}, [f"{name}: {line}"]
     scalars, state = tools.read_scalars(run_dir), tools.load_policy(tools.checkpoints(run_dir)[-1][1])[2]
     values = [*state["agent"].values()]

@@ -34,7 +34,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def new_folder(args, name: str) -> Path:
-    folder = args.runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = args.runs.resolve() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     return folder
 

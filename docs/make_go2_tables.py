@@ -38,8 +38,6 @@ FORMULAS = {
     "action_rate": ("(self.action - last_action).square().sum(1)", "Σ (a<sub>t</sub> - a<sub>t-1</sub>)²", GENESIS),
     "pose": ("self.dof_pos.abs().sum(1)", "Σ \\|q - q<sub>0</sub>\\|", GENESIS),
     "ang_vel_xy": ("self.ang_vel[:, :2].square().sum(1)", "ω<sub>x</sub>² + ω<sub>y</sub>²", GYM),
-    "orientation": ("self.gravity[:, :2].square().sum(1)", "g<sub>x</sub>² + g<sub>y</sub>²", GYM),
-    "termination": ("self.tilted", "1 in the step that ends an episode by roll or pitch; not clipped", GYM),
     "air_time": (
         "((self.air_time - 0.2).clamp(max=0.1) * contact * (self.air_time > 0)).sum(1) * moving",
         "Σ over feet that touch down: min(time in the air - 0.2 s, 0.1 s); only under a velocity command",

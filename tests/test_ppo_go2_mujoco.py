@@ -23,6 +23,7 @@ from torch.distributions import Normal, kl_divergence
 import ppo_go2_mujoco as ppo
 from common import checkpoint, cli, distributed
 from common.envs.go2 import Go2Config, Go2Env
+from common.logger import to_numbers
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(device="cpu", precision="float32", ranks=1, hidden=(16, 16), log_interval=1, checkpoint_interval=1000)
@@ -38,7 +39,7 @@ class SilentLogger:
         SilentLogger.lines = []
 
     def log(self, metrics, step):
-        SilentLogger.lines.append({k: float(v) for k, v in metrics.items()} | {"step": step})
+        SilentLogger.lines.append(to_numbers(metrics) | {"step": step})
 
     def progress(self, step):
         pass
@@ -402,7 +403,8 @@ def test_running_mean_std_is_that_of_all_vectors_seen():
         np.testing.assert_allclose(normalise.mean, mean, rtol=1e-6)
         np.testing.assert_allclose(normalise.var, var, rtol=1e-5)
         assert normalise.count == count
-    np.testing.assert_allclose(normalise(x), np.clip((x - mean) / np.sqrt(var), -10, 10), rtol=1e-4, atol=1e-5)
+    expected = np.clip((x.numpy() - mean) / np.sqrt(var), -10, 10)
+    np.testing.assert_allclose(normalise(x).numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 # --- schedules
@@ -642,17 +644,15 @@ def by_ranks(tmp_path_factory):
 def test_two_ranks_of_n_robots_equal_one_rank_of_2n(by_ranks):
     (one, [whole]), (two, halves) = by_ranks[1, 0], by_ranks[2, 0]
     assert len(two["ranks"]) == 2 and one["global_step"] == two["global_step"] == 3 * 16 * 10
-    ends = one["agent"]["normalise.count"]
-    assert ends == 480 and two["agent"]["normalise.count"] == 480
     for name, tensor in one["agent"].items():
-        torch.testing.assert_close(two["agent"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(two["agent"][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
     assert two["learning_rate"] == pytest.approx(one["learning_rate"], rel=1e-6)
     assert one["learning_rate"] != pytest.approx(1e-3)  # it has adapted
     # The advantages are those of the same samples, in another order, and different on each rank.
     for a, b, c in zip(whole["advantages"], *(half["advantages"] for half in halves), strict=True):
         torch.testing.assert_close(torch.cat((b, c)).sort().values, a.sort().values, atol=1e-3, rtol=1e-3)
         assert not torch.allclose(b.sort().values, c.sort().values, atol=1e-2)
-    # What is logged is of all robots. Time apart, and the last minibatch's losses, which are rank 0's.
+    # What is logged is of all robots (the losses apart, which are rank 0's).
     assert len(whole["lines"]) == 3 and not halves[1]["lines"]
     for alone, together in zip(whole["lines"], halves[0]["lines"], strict=True):
         for name in alone:

@@ -43,8 +43,6 @@ NATURAL = REFERENCE | {
     "action_rate": -0.01,
     "pose": -0.05,
     "ang_vel_xy": -0.05,
-    "orientation": -5.0,
-    "termination": -100.0,
     "air_time": 2.0,
     "clearance": -10.0,
     "slip": -0.1,
@@ -449,8 +447,8 @@ class Go2Env(VectorEnv):
     def _rewards(self, last_action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reward (num_envs,), and (3 + terms, num_envs): reward, velocity error, yaw rate error, weighted terms.
 
-        Sources: the first six terms are Genesis examples/locomotion/go2_env.py; ang_vel_xy, orientation, termination,
-        air_time, slip and stand legged_gym legged_robot.py; clearance Ji et al. 2022 (arXiv 2202.05481) eq. 4; trot
+        Sources: the first six terms are Genesis examples/locomotion/go2_env.py; ang_vel_xy, air_time,
+        slip and stand legged_gym legged_robot.py; clearance Ji et al. 2022 (arXiv 2202.05481) eq. 4; trot
         the contact pattern of Margolis & Agrawal 2022 (arXiv 2212.03238) without its clock; power Fu et al. 2021
         (arXiv 2111.01674).
         """
@@ -476,8 +474,6 @@ class Go2Env(VectorEnv):
             fr, fl, rr, rl = contact.unbind(1)
             terms |= {
                 "ang_vel_xy": self.ang_vel[:, :2].square().sum(1),
-                "orientation": self.gravity[:, :2].square().sum(1),
-                "termination": self.tilted,
                 "air_time": ((self.air_time - 0.2).clamp(max=0.1) * contact * (self.air_time > 0)).sum(1) * moving,
                 "clearance": ((foot_pos[..., 2] - SWING_HEIGHT).square() * foot_vel * ~contact).sum(1),
                 "slip": (foot_vel.square() * contact).sum(1),
@@ -496,9 +492,7 @@ class Go2Env(VectorEnv):
         weighted = torch.stack([terms[name] * (weight * dt) for name, weight in self.weights.items()])
         reward = weighted.sum(0)
         if self.cfg.rewards == "natural":
-            # legged_gym only_positive_rewards, else falling early pays at first; its termination term stays as it is.
-            fall = self.tilted * (self.weights["termination"] * dt)
-            reward = (reward - fall).clamp(min=0) + fall
+            reward = reward.clamp(min=0)  # legged_gym only_positive_rewards: else falling early pays at first
         return reward, torch.cat((torch.stack((reward, lin_error.sqrt(), yaw_error.sqrt())), weighted))
 
     # --- commands, resets and disturbances

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Every figure that the README and docs quote comes from one of these lines, run on an otherwise idle machine: another
+# busy process costs more than its share, as both sides of a comparison wait for their slower thread.
+# Minutes are for two cores. Results go to benchmark/results/, training runs to runs/benchmark/.
+set -e
+cd "$(dirname "$0")/.."
+PY="${PYTHON:-.venv/bin/python}"
+
+$PY benchmark/go2_env_speed.py                                       # 12 min
+$PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 40 min: 3 trainings, 120 evaluations
+$PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3                         # 45 min
+$PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
+$PY benchmark/go2_reference.py --minutes 60                          # 75 min
+if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU
+fi

@@ -1,0 +1,37 @@
+"""The default settings of a laptop learn to walk. Takes about a minute on two cores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import ppo_go2_mujoco as ppo
+from common import checkpoint
+from common.envs.go2_eval import evaluate
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_hundred_iterations_teach_the_go2_to_follow_forward_commands(tmp_path):
+    command = [sys.executable, ROOT / "ppo_go2_mujoco.py", "--preset", "laptop", "--device", "cpu", "--seed", "1"]
+    command += ["--num-iterations", "100", "--log-interval", "50", "--log-dir", tmp_path, "--no-save-video"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+
+    state = checkpoint.load(tmp_path / "checkpoints" / "final_model.pt", ppo.SCRIPT)
+    args = ppo.Args(**state["args"])
+    config = ppo.env_config(args) | {"command_vx": (0.3, 1.0), "command_vy": (0.0, 0.0), "command_yaw": (0.0, 0.0)}
+    torch.manual_seed(0)
+    trained, untrained = ppo.Agent(48, 12, args), ppo.Agent(48, 12, args)
+    trained.load_state_dict(state["agent"])
+
+    def at_random(obs):
+        return torch.randn(len(obs), 12)
+
+    walks, stands, shakes = (evaluate(p, config, "cpu", 64, seed=777) for p in (trained, untrained, at_random))
+    shown = "fall_rate", "lin_vel_error", "mean_length"
+    print(json.dumps([{key: result[key] for key in shown} for result in (walks, stands, shakes)], indent=1))
+    assert walks["fall_rate"] < 0.1 and walks["lin_vel_error"] < 0.35
+    # The thresholds mean something: standing still and shaking fail them by far.
+    assert stands["lin_vel_error"] > 0.55 and shakes["lin_vel_error"] > 0.55 and shakes["fall_rate"] > 0.9
