@@ -44,6 +44,7 @@ PRESETS = {
         desired_kl=0.01,
         final_kl=0.01,
         gamma=0.99,
+        final_gamma=0.99,
         gae_lambda=0.95,
         ent_coef=0.01,
         update_epochs=5,
@@ -67,57 +68,20 @@ PRESETS = {
 
 
 @dataclass
-class Args(Go2Config):
+class Args(cli.RunArgs, Go2Config):
     preset: Literal["auto", "laptop", "reference"] = "auto"
     """group of defaults; auto: reference on a GPU, laptop on a CPU"""
-    config: str = ""
-    """YAML file of flags, below the command line in precedence"""
-    exp_name: str = "ppo_go2_mujoco"
+    exp_name: str = SCRIPT
     """name of the experiment"""
-    seed: int = 1
-    """seed of everything random"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
-    log_dir: str = ""
-    """where the run goes; empty: runs/{exp_name}/{env}__{seed}__{time}"""
-    track: bool = False
-    """log to Weights & Biases"""
-    wandb_project: str = "cleanrl-robots"
-    """Weights & Biases project"""
-    wandb_entity: str = ""
-    """Weights & Biases entity (team)"""
-    wandb_group: str = ""
-    """Weights & Biases group"""
-    capture_video: bool = False
-    """record the deterministic policy while training"""
-    video_interval: int = 200
-    """iterations between those videos"""
-    log_interval: int = 10
-    """iterations between log lines"""
-    checkpoint_interval: int = 50
-    """iterations between checkpoints"""
-    eval_interval: int = 0
-    """iterations between evaluations of the deterministic policy (0: at the end only)"""
-    resume: str = ""
-    """run folder or checkpoint to continue"""
-    eval_only: bool = False
-    """evaluate --model-path and stop"""
-    model_path: str = ""
-    """checkpoint for --eval-only"""
-    eval_episodes: int = 128
-    """fewest episodes of an evaluation; they are spread evenly over a grid of commands"""
-    save_video: bool = True
-    """write an mp4 at the final evaluation"""
     save_trajectories: str = ""
     """HDF5 file for demonstrations, with --eval-only"""
     num_trajectories: int = 100
     """episodes in that file"""
-
     num_envs: int = 512
     """parallel robots, over all ranks"""
     num_steps: int = 24
     """control steps per robot and iteration"""
-    num_iterations: int = 600
+    num_iterations: int = 480
     """iterations; --total-timesteps overrides it"""
     total_timesteps: int = 0
     """environment steps to train for (0: num_iterations)"""
@@ -125,10 +89,12 @@ class Args(Go2Config):
     """Adam's step size"""
     desired_kl: float = 0.02
     """adapt the learning rate to this KL divergence per update (0: anneal it linearly to zero)"""
-    final_kl: float = 0.005
+    final_kl: float = 0.01
     """desired_kl falls linearly to this by the end"""
     gamma: float = 0.97
-    """discount"""
+    """discount at the start"""
+    final_gamma: float = 0.99
+    """discount at the end; in between its horizon 1 / (1 - gamma) grows linearly"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
@@ -335,8 +301,9 @@ def check_args(args: Args):
     for name in ("total_timesteps", "desired_kl", "final_std", "target_kl", "eval_interval", "vf_coef"):
         require_that(getattr(args, name) >= 0, name, "0 or a number above it")
     require_that(args.hidden and min(args.hidden) > 0, "hidden", "numbers above 0")
-    for name in ("gamma", "gae_lambda"):
-        require_that(0 <= getattr(args, name) <= 1, name, "a number from 0 to 1")
+    for name in ("gamma", "final_gamma"):
+        require_that(0 <= getattr(args, name) < 1, name, "a number from 0 to below 1")
+    require_that(0 <= args.gae_lambda <= 1, "gae_lambda", "a number from 0 to 1")
     require_that(args.num_envs % args.ranks == 0, "num_envs", f"a multiple of the {args.ranks} ranks")
     per_rank = args.num_envs // args.ranks * args.num_steps
     what = f"a divisor of the {per_rank} samples per rank and iteration"
@@ -473,6 +440,7 @@ def main(args: Args):
     while iteration < num_iterations:
         # --- anneal
         progress = iteration / num_iterations
+        gamma = 1 - 1 / ((1 - progress) / (1 - args.gamma) + progress / (1 - args.final_gamma))
         desired_kl.fill_(args.desired_kl + progress * (args.final_kl - args.desired_kl))
         if not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
@@ -500,9 +468,9 @@ def main(args: Args):
         with torch.no_grad():
             # A time limit is no failure: its reward includes the value of the true last observation.
             limits = truncations.nonzero(as_tuple=True)
-            rewards[limits] += args.gamma * get_value(agent.normalise(final_obs[limits]))
+            rewards[limits] += gamma * get_value(agent.normalise(final_obs[limits]))
             next_value = get_value(agent.normalise(next_obs))
-            advantages = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
+            advantages = compute_gae(rewards, values, dones, next_value, gamma, args.gae_lambda)
             b_obs = agent.normalise(obs.view(-1, obs_dim))
             b_actions, b_means = actions.view(-1, action_dim), means.view(-1, action_dim)
             b_logprobs, b_values, b_advantages = logprobs.view(-1), values.view(-1), advantages.view(-1)

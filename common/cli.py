@@ -30,6 +30,50 @@ ALIASES = {
 RUN_INFO = "run_info"  # key under which `args.yaml` holds commit, versions and hardware, which are no settings
 
 
+@dataclasses.dataclass
+class RunArgs:
+    """The flags that are the same in every script."""
+
+    config: str = ""
+    """YAML file of flags, below the command line in precedence"""
+    exp_name: str = "experiment"
+    """name of the experiment"""
+    seed: int = 1
+    """seed of everything random"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
+    log_dir: str = ""
+    """where the run goes; empty: runs/{exp_name}/{env}__{seed}__{time}"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "cleanrl-robots"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases entity (team)"""
+    wandb_group: str = ""
+    """Weights & Biases group"""
+    capture_video: bool = False
+    """record the deterministic policy while training"""
+    video_interval: int = 200
+    """iterations between those videos"""
+    log_interval: int = 10
+    """iterations between log lines"""
+    checkpoint_interval: int = 50
+    """iterations between checkpoints"""
+    eval_interval: int = 0
+    """iterations between evaluations of the deterministic policy (0: at the end only)"""
+    resume: str = ""
+    """run folder or checkpoint to continue"""
+    eval_only: bool = False
+    """evaluate --model-path and stop"""
+    model_path: str = ""
+    """checkpoint for --eval-only"""
+    eval_episodes: int = 128
+    """fewest episodes of an evaluation; they are spread evenly over a grid of commands"""
+    save_video: bool = True
+    """write an mp4 at the final evaluation"""
+
+
 def fail(message: str) -> typing.NoReturn:
     """Print one sentence on stderr (not one per rank) and exit with code 2."""
     if os.environ.get("RANK", "0") == "0":

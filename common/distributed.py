@@ -45,6 +45,10 @@ def launch(main, args, ranks: int):
         children.append(pid)
     try:
         main(args)
+    except BaseException:
+        for pid in children:  # else they would wait for this rank for ever
+            os.kill(pid, signal.SIGKILL)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -22,7 +22,19 @@ from common.envs.go2 import Go2Env
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "ppo_go2_mujoco.py"
 EVALUATION = ["--episode-seconds", 1, "--eval-episodes", 8, "--no-save-video", "--device", "cpu"]
-TINY = ["--num-envs", 32, "--num-iterations", 6, "--checkpoint-interval", 3, "--log-interval", 3, *EVALUATION]
+TINY = [
+    "--num-envs",
+    32,
+    "--num-steps",
+    24,
+    "--num-iterations",
+    6,
+    "--checkpoint-interval",
+    3,
+    "--log-interval",
+    3,
+    *EVALUATION,
+]
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
@@ -251,9 +263,15 @@ def test_killed_again_and_again_a_run_loses_at_most_one_interval(tmp_path):
         time.sleep(rng.uniform(0, 0.2))
         [child] = set(alive(process.pid)) - {process.pid}
         seen = newest()
+        if attempt == 2:  # so that it cannot notice by itself that its peer is gone
+            os.kill(child, signal.SIGSTOP)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        wait_for(lambda: not Path(f"/proc/{child}").exists() or alive(process.pid) == [], 10)  # noqa: B023
+        process.wait()
+        try:
+            wait_for(lambda: alive(process.pid) == [], 20)  # noqa: B023
+        finally:
+            for pid in alive(process.pid):
+                os.kill(pid, signal.SIGKILL)
         found = checkpoint.latest(tmp_path)
         assert int(found.stem.removeprefix("model_")) >= seen > before
         assert checkpoint.load(found, ppo.SCRIPT)["iteration"] >= seen

@@ -20,6 +20,7 @@ DEFAULT_POSE = (0.0, 0.8, -1.5, 0.0, 0.8, -1.5, 0.0, 1.0, -1.5, 0.0, 1.0, -1.5) 
 TORQUE_LIMITS = (23.7, 23.7, 45.43) * 4  # Nm, Unitree's published Go2 description
 CONTROL_DT = 0.02  # s
 MAX_LATENCY = 4  # control steps
+MAX_POSITION, MAX_VELOCITY = 1e4, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 COMMAND_SCALE = (2.0, 2.0, 0.25, 2.0, 2.0)  # observation scales of legged_gym and, for height and jump, Genesis' forks
 LIN_VEL_SCALE, ANG_VEL_SCALE, DOF_VEL_SCALE = 2.0, 0.25, 0.05
 # Half widths of uniform noise in SI units, legged_gym `noise_scales`: lin vel, ang vel, gravity, q, qd
@@ -362,7 +363,8 @@ class Go2Env(VectorEnv):
         self._read_state()
 
         reward, terms = self._rewards(last_action)
-        finite = torch.isfinite(self.physics.qpos).all(1) & torch.isfinite(self.physics.qvel).all(1)
+        # A state that diverges is absurd before it is infinite; comparisons with NaN are false.
+        finite = (self.physics.qpos.abs() < MAX_POSITION).all(1) & (self.physics.qvel.abs() < MAX_VELOCITY).all(1)
         finite = finite & torch.isfinite(self.action).all(1) & torch.isfinite(reward)
         reward = torch.where(finite, reward, 0.0)
         self.totals = self.totals + torch.where(finite, terms, 0.0)
