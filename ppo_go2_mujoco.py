@@ -24,7 +24,7 @@ from torch.distributions import Normal
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs.go2 import Go2Config, Go2Env
-from common.envs.go2_eval import evaluate, record_video, report, save_trajectories
+from common.envs.go2_eval import evaluate, evaluate_jumps, record_video, report, save_trajectories
 from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
 
 Normal.set_default_validate_args(False)
@@ -605,8 +605,9 @@ def evaluate_checkpoint(args: Args):
 
 def run_evaluation(agent: Agent, args: Args, device) -> dict:
     """`evaluate` of the deterministic policy, with every core at its disposal."""
-    agent.to(device)
-    return evaluate(agent, env_config(args) | {"physics_threads": 0}, device, args.eval_episodes)
+    config = env_config(args) | {"physics_threads": 0}
+    result = evaluate(agent.to(device), config, device, args.eval_episodes)
+    return result | (evaluate_jumps(agent, config, device, args.eval_episodes) if args.commands == "full" else {})
 
 
 if __name__ == "__main__":

@@ -198,3 +198,19 @@ def test_report(standing, tmp_path, capsys):
     assert json.loads((tmp_path / "eval" / "final_model.json").read_text())["falls"] == 0
     assert (tmp_path / "eval" / "final_model.png").is_file()
     assert "0 of 126 fell" in capsys.readouterr().out
+
+
+def test_jumps_by_hand():
+    """Standing is no jump; a thrust of all legs while the jump is commanded leaves the ground, arrives and lands."""
+    changes = {"commands": "full", "termination_degrees": 60.0}
+    result = go2_eval.evaluate_jumps(stand, config(**changes), "cpu", 8)
+    assert result["jump_success_rate"] == result["jump_airborne_rate"] == result["jump_fall_rate"] == 0
+    low, high = Go2Config().command_jump
+    assert low <= result["jump_target"] <= high and result["jump_apex"] < 0.35
+    thrust = torch.tensor([0, -2.5, 5.5] * 2 + [0, -4.5, 5.5] * 2)
+
+    def jump(obs):
+        return torch.where(obs[:, 13:14] > 0, thrust, 0.0)
+
+    result = go2_eval.evaluate_jumps(jump, config(**changes), "cpu", 8)
+    assert result["jump_airborne_rate"] == 1 and result["jump_success_rate"] > 0.8 and result["jump_apex"] > 0.6

@@ -18,6 +18,9 @@ from common.envs.go2 import (
     CONTROL_DT,
     DOF_VEL_SCALE,
     JOINTS,
+    JUMP_LANDING,
+    JUMP_TOLERANCE,
+    JUMP_WINDOW,
     LEGS,
     LIN_VEL_SCALE,
     Go2Config,
@@ -219,6 +222,40 @@ def _velocity_arrows(qpos: np.ndarray, yaw: float, command: np.ndarray, measured
         if np.linalg.norm(velocity) > 0.05:
             arrows.append((qpos[:3] + (0, 0, up), (*(turn @ velocity * 0.45), 0.0), rgba))
     return arrows
+
+
+@torch.no_grad()
+def evaluate_jumps(policy: Policy, env_config: dict, device, episodes: int = 128, seed: int = 30_000) -> dict:
+    """One jump per robot, from standing, at heights drawn from `command_jump`. In a success all four feet leave the
+    ground, the base comes within JUMP_TOLERANCE of the commanded height, and the robot still stands after the landing.
+    """
+    env = Go2Env(episodes, device, seed, **env_config | {"jump_interval": math.inf, "resample_seconds": 1e6})
+    env.fixed_commands = torch.zeros(episodes, 5, device=device)
+    env.fixed_commands[:, 3] = env_config["base_height_target"]
+    obs, _ = env.reset(seed=seed)
+    alive, flew = (torch.full((episodes,), value, device=device) for value in (True, False))
+    apex, target = (torch.zeros(episodes, device=device) for _ in range(2))
+    settle = round(0.5 / CONTROL_DT)
+    for step in range(settle + round((JUMP_WINDOW + JUMP_LANDING) / CONTROL_DT) + 1):
+        if step == settle:
+            env.cfg.jump_interval = 1e-9  # now
+        obs, _, terminated, _, _ = env.step(policy(obs))
+        alive &= ~terminated
+        if step >= settle:
+            target = torch.maximum(target, env.command[:, 4] * alive)
+            apex = torch.maximum(apex, env.height * alive)
+            flew |= alive & (env.physics.sensordata[:, 12:] == 0).all(1)
+    success = alive & flew & (apex > target - JUMP_TOLERANCE)
+    rate = int(success.sum())
+    return {
+        "jump_episodes": episodes,
+        "jump_success_rate": rate / episodes,
+        "jump_success_ci95": list(wilson_ci95(rate, episodes)),
+        "jump_airborne_rate": flew.float().mean().item(),
+        "jump_fall_rate": 1 - alive.float().mean().item(),
+        "jump_apex": apex.mean().item(),
+        "jump_target": target.mean().item(),
+    }
 
 
 def observation_layout(cfg: Go2Config) -> list[tuple[str, int, float]]:
