@@ -135,7 +135,7 @@ class Args(cli.RunArgs, Go2Config):
     compile: bool = False
     """torch.compile the policy step and the update"""
     cuda_graphs: bool = False
-    """capture the policy step and the update in CUDA graphs"""
+    """capture the policy step and the update's forward and backward pass in CUDA graphs"""
 
     batch_size: int = 0
     """computed at run time: samples per iteration on this rank"""
@@ -352,7 +352,7 @@ def main(args: Args):
     params = list(agent.parameters())
     learning_rate, desired_kl = (torch.tensor(x, device=device) for x in (args.learning_rate, args.desired_kl))
     # detail 3: Adam's epsilon
-    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graphs)
+    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True)
     # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
     flat_grad = torch.zeros(sum(p.numel() for p in params) + 1, device=device)
     for p, grad in zip(params, flat_grad[:-1].split([p.numel() for p in params]), strict=True):
@@ -386,7 +386,6 @@ def main(args: Args):
         policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
     if args.cuda_graphs and device.type == "cuda":
         policy, accumulate_gradients = CudaGraph(policy), CudaGraph(accumulate_gradients)
-        apply_gradients = CudaGraph(apply_gradients)
 
     # --- storage, allocated once
     T, N = args.num_steps, num_envs

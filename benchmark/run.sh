@@ -10,6 +10,7 @@ $PY benchmark/go2_env_speed.py                                       # 12 min
 $PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 40 min: 3 trainings, 120 evaluations
 $PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3                         # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
+$PY benchmark/go2_variants.py --seeds 1                              # 12 min
 $PY benchmark/go2_reference.py --minutes 60                          # 75 min
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU

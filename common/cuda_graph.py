@@ -4,7 +4,10 @@ import torch
 
 
 class CudaGraph:
-    """Replays `fn(*tensors) -> tensors` as one CUDA graph. The outputs are overwritten by the next call."""
+    """Replays `fn(*tensors) -> tensors` as one CUDA graph. The outputs are overwritten by the next call.
+
+    The first call runs `fn` three times more, to warm up, so `fn` must bear being repeated.
+    """
 
     def __init__(self, fn):
         self.fn, self.graph = fn, None
