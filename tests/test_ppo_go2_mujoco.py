@@ -463,6 +463,12 @@ def test_the_std_can_still_fall_below_its_limit(run_main, monkeypatch):
     monkeypatch.setattr(ppo, "ppo_loss", want_less_noise)
     settings = dict(num_iterations=6, desired_kl=0.0, learning_rate=0.05, std_anneal_steps=4 * 8)
     run_main(**settings, final_std=0.25)
+    print(
+        [
+            (l["charts/action_std"], l["charts/learning_rate"], l["losses/grad_norm"], l["charts/nan_updates"])
+            for l in SilentLogger.lines
+        ]
+    )
     assert SilentLogger.lines[-1]["charts/action_std"] < 0.24
 
 
