@@ -159,7 +159,8 @@ def test_gae_is_the_sum_of_its_definition(gamma, gae_lambda):
 @pytest.mark.parametrize("norm_obs", [False, True])
 def test_main_bootstraps_time_limits_with_the_true_last_observation(run_main, minibatches, monkeypatch, norm_obs):
     monkeypatch.setattr(ppo, "Go2Env", ScriptedEnv)
-    run_main(num_envs=6, norm_adv=False, norm_obs=norm_obs, gamma=0.9, gae_lambda=0.8)
+    run_main(num_envs=6, norm_adv=False, norm_obs=norm_obs, gamma=0.9, final_gamma=0.95, gae_lambda=0.8)
+    gammas = (1 - 1 / 10, 1 - 1 / 15)  # the horizon grows linearly from 10 steps to 20 after the last iteration
     assert len(minibatches) == 2 and len(ScriptedEnv.kept) == 16
     for iteration, minibatch in enumerate(minibatches):
         steps = ScriptedEnv.kept[8 * iteration : 8 * iteration + 8]
@@ -175,7 +176,9 @@ def test_main_bootstraps_time_limits_with_the_true_last_observation(run_main, mi
         # Where no episode ended, the last observation is the next one.
         next_values = np.where(terminated, 0.0, final_values)
         rewards = kept["reward"].double().numpy()
-        expected = advantages_by_definition(rewards, values, next_values, terminated | truncated, 0.9, 0.8)
+        expected = advantages_by_definition(
+            rewards, values, next_values, terminated | truncated, gammas[iteration], 0.8
+        )
         # The minibatch is shuffled; its observations tell which sample is which.
         match = (observations.view(-1, 1, 5) == minibatch.obs).all(2).float().argmax(1)
         assert sorted(match.tolist()) == list(range(48))
@@ -429,10 +432,11 @@ def test_adaptive_learning_rate(kl, lr, expected):
 
 
 def test_main_adapts_the_learning_rate_to_the_kl_of_each_update(run_main, minibatches):
-    state = run_main(num_minibatches=2, update_epochs=4, learning_rate=3e-3, desired_kl=0.01)
+    state = run_main(num_minibatches=2, update_epochs=4, learning_rate=3e-3, desired_kl=0.02, final_kl=0.01)
     lr = torch.tensor(3e-3)
-    for minibatch in minibatches:
-        lr = ppo.adapt_learning_rate(lr, torch.tensor(minibatch.stats["kl"]), 0.01)
+    for i, minibatch in enumerate(minibatches):
+        wanted = 0.02 if i < 8 else 0.015  # the second of two iterations: half-way
+        lr = ppo.adapt_learning_rate(lr, torch.tensor(minibatch.stats["kl"]), wanted)
     assert state["learning_rate"] == lr.item() != pytest.approx(3e-3)
 
 
@@ -445,12 +449,12 @@ def test_without_a_desired_kl_the_learning_rate_falls_linearly(run_main):
 
 def test_the_largest_std_falls_to_final_std(run_main):
     steps = 4 * 8
-    state = run_main(num_iterations=5, init_std=1.0, final_std=0.25, std_anneal_steps=3 * steps, learning_rate=1e-5)
+    settings = dict(init_std=1.0, min_std=0.05, learning_rate=1e-5)
+    state = run_main(**settings, num_iterations=5, final_std=0.25, std_anneal_steps=3 * steps)
     stds = [line["charts/action_std"] for line in SilentLogger.lines]
-    expected = [0.25 ** (i / 3) for i in range(4)] + [0.25]  # the log of it falls linearly
-    assert stds == pytest.approx(expected, rel=1e-3)
+    assert stds == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.25], rel=1e-3)
     assert state["agent"]["logstd_limits"][1].item() == pytest.approx(math.log(0.25))
-    run_main(num_iterations=2, init_std=1.0, final_std=0.0, learning_rate=1e-5)
+    run_main(**settings, num_iterations=2, final_std=0.0)
     assert [line["charts/action_std"] for line in SilentLogger.lines] == pytest.approx([1.0, 1.0], rel=1e-3)
 
 
@@ -462,13 +466,7 @@ def test_the_std_can_still_fall_below_its_limit(run_main, monkeypatch):
 
     monkeypatch.setattr(ppo, "ppo_loss", want_less_noise)
     settings = dict(num_iterations=6, desired_kl=0.0, learning_rate=0.05, std_anneal_steps=4 * 8)
-    run_main(**settings, final_std=0.25)
-    print(
-        [
-            (l["charts/action_std"], l["charts/learning_rate"], l["losses/grad_norm"], l["charts/nan_updates"])
-            for l in SilentLogger.lines
-        ]
-    )
+    run_main(**settings, final_std=0.25, min_std=0.05)
     assert SilentLogger.lines[-1]["charts/action_std"] < 0.24
 
 
@@ -696,7 +694,15 @@ def test_the_reference_preset_is_to_the_letter():
     args = cli.parse_args(ppo.Args, ppo.PRESETS, ppo.default_preset, argv=["--preset", "reference"])
     letter = dict(num_envs=4096, num_steps=24, num_iterations=10_000, clip_coef=0.2, desired_kl=0.01, ent_coef=0.01)
     letter |= dict(gamma=0.99, gae_lambda=0.95, learning_rate=1e-3, max_grad_norm=1.0, update_epochs=5)
-    letter |= dict(num_minibatches=4, clip_vloss=True, vf_coef=2.0, hidden=(512, 256, 128), init_std=1.0)
+    letter |= dict(
+        num_minibatches=4,
+        final_kl=0.01,
+        final_gamma=0.99,
+        clip_vloss=True,
+        vf_coef=2.0,
+        hidden=(512, 256, 128),
+        init_std=1.0,
+    )
     letter |= dict(checkpoint_interval=100, log_interval=1, rewards="reference", action_scale=0.3, episode_seconds=20.0)
     letter |= dict(termination_degrees=10.0, commands="velocity", observation="full", target_kl=0.0, final_std=0.0)
     letter |= dict(command_vx=(-1.0, 2.0), command_vy=(-0.5, 0.5), command_yaw=(-0.6, 0.6), randomise=False)

@@ -22,19 +22,8 @@ from common.envs.go2 import Go2Env
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "ppo_go2_mujoco.py"
 EVALUATION = ["--episode-seconds", 1, "--eval-episodes", 8, "--no-save-video", "--device", "cpu"]
-TINY = [
-    "--num-envs",
-    32,
-    "--num-steps",
-    24,
-    "--num-iterations",
-    6,
-    "--checkpoint-interval",
-    3,
-    "--log-interval",
-    3,
-    *EVALUATION,
-]
+TINY = ["--num-envs", 32, "--num-steps", 24, "--num-iterations", 6, *EVALUATION]
+TINY += ["--checkpoint-interval", 3, "--log-interval", 3]
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
@@ -336,7 +325,7 @@ MISTAKES = [
     ("--num-envs 4 --num-steps 8 --num-minibatches 5 --ranks 1", "--num-minibatches", "divisor of the 32"),
     ("--ranks -1", "--ranks"),
     ("--num-env 3", "--num-env;", "--num-envs"),
-    ("--gamma 1.5", "--gamma", "1.5", "0 to 1"),
+    ("--gamma 1.5", "--gamma", "1.5", "from 0 to below 1"),
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--final-std -1", "--final-std"),
     ("--hidden 64 0", "--hidden"),
