@@ -12,7 +12,8 @@ import time
 import tools
 
 VARIANTS = {
-    "full commands": ["--commands", "full"],
+    # Jumps need large actions, so the noise that finds them has to last longer.
+    "full commands": "--commands full --std-anneal-steps 3000000 --reward-weights jump_height=6".split(),
     "real robot": ["--observation", "proprioceptive", "--history", 5, "--randomise"],
 }
 
