@@ -300,6 +300,7 @@ def check_args(args: Args):
         require_that(getattr(args, name) > 0, name, "a number above 0")
     for name in ("total_timesteps", "desired_kl", "final_std", "target_kl", "eval_interval", "vf_coef"):
         require_that(getattr(args, name) >= 0, name, "0 or a number above it")
+    require_that(args.min_std <= (args.final_std or args.init_std), "min_std", "at most --final-std and --init-std")
     require_that(args.hidden and min(args.hidden) > 0, "hidden", "numbers above 0")
     for name in ("gamma", "final_gamma"):
         require_that(0 <= getattr(args, name) < 1, name, "a number from 0 to below 1")

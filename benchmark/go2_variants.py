@@ -13,7 +13,7 @@ import tools
 
 VARIANTS = {
     # Jumps need large actions, so the noise that finds them has to last longer.
-    "full commands": "--commands full --std-anneal-steps 3000000 --reward-weights jump_height=6".split(),
+    "full commands": ["--commands", "full", "--std-anneal-steps", "3000000", "--reward-weights", "jump_height=6"],
     "real robot": ["--observation", "proprioceptive", "--history", 5, "--randomise"],
 }
 

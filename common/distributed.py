@@ -52,10 +52,11 @@ def launch(main, args, ranks: int):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for pid in children:
-            os.waitpid(pid, 0)
+        failed = [pid for pid in children if os.waitpid(pid, 0)[1]]
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
+    if failed:
+        raise SystemExit(1)
 
 
 def init(device: torch.device) -> tuple[int, int]:
