@@ -373,7 +373,7 @@ class Go2Env(VectorEnv):
         done = terminated | truncated
         self.nan_resets = self.nan_resets + (~finite).sum()
 
-        obs = final_obs = torch.nan_to_num(self._observe(~self._everyone), posinf=0.0, neginf=0.0)
+        obs = final_obs = torch.where(finite[:, None], self._observe(~self._everyone), 0.0)
         length = self.episode_length - self.phase
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
         info["episode"] = {"r": self.totals[0], "l": length}
