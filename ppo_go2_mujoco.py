@@ -386,7 +386,6 @@ def main(args: Args):
         optimizer.step()
         return norm, ~finite
 
-    get_value = agent.get_value
     if args.compile:
         policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
     if args.cuda_graphs and device.type == "cuda":
@@ -472,8 +471,8 @@ def main(args: Args):
         with torch.no_grad():
             # A time limit is no failure: its reward includes the value of the true last observation.
             limits = truncations.nonzero(as_tuple=True)
-            rewards[limits] += gamma * get_value(agent.normalise(final_obs[limits]))
-            next_value = get_value(agent.normalise(next_obs))
+            rewards[limits] += gamma * agent.get_value(agent.normalise(final_obs[limits]))
+            next_value = agent.get_value(agent.normalise(next_obs))
             advantages = compute_gae(rewards, values, dones, next_value, gamma, args.gae_lambda)
             b_obs = agent.normalise(obs.view(-1, obs_dim))
             b_actions, b_means = actions.view(-1, action_dim), means.view(-1, action_dim)

@@ -368,7 +368,11 @@ class Go2Env(VectorEnv):
         finite = finite & torch.isfinite(self.action).all(1) & torch.isfinite(reward)
         reward = torch.where(finite, reward, 0.0)
         self.totals = self.totals + torch.where(finite, terms, 0.0)
-        terminated = self.tilted | ~finite
+        # Euler angles of the body's z axis; atan2 keeps roll right when the robot lies on its back.
+        pitch = torch.asin(self.gravity[:, 0].clamp(-1, 1))
+        roll = torch.atan2(-self.gravity[:, 1], -self.gravity[:, 2])
+        tilted = torch.maximum(pitch.abs(), roll.abs()) > math.radians(cfg.termination_degrees)
+        terminated = tilted | ~finite
         truncated = (self.episode_length >= self.max_episode_length) & ~terminated
         done = terminated | truncated
         self.nan_resets = self.nan_resets + (~finite).sum()
@@ -422,10 +426,6 @@ class Go2Env(VectorEnv):
         self.height = qpos[:, 2]
         self.dof_pos = qpos[:, self._q] - self.default_pose
         self.dof_vel = qvel[:, self._v]
-        # Euler angles of the body's z axis; atan2 keeps roll right when the robot lies on its back.
-        pitch = torch.asin(self.gravity[:, 0].clamp(-1, 1))
-        roll = torch.atan2(-self.gravity[:, 1], -self.gravity[:, 2])
-        self.tilted = torch.maximum(pitch.abs(), roll.abs()) > math.radians(self.cfg.termination_degrees)
 
     def _observe(self, reset: torch.Tensor, refresh: bool = False) -> torch.Tensor:
         """(num_envs, obs_dim * history). `reset` marks new episodes, whose history is filled with the first
