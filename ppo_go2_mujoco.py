@@ -23,15 +23,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributions import Normal
 
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs.go2 import Go2Config, Go2Env
 from common.envs.go2_eval import evaluate, evaluate_jumps, record_video, report, save_trajectories
 from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
-
-Normal.set_default_validate_args(False)
 
 SCRIPT = "ppo_go2_mujoco"
 # Settings of a run that its checkpoint does not pass on.
@@ -218,13 +215,18 @@ class Agent(nn.Module):
             mean = self.actor_mean(obs)
         return mean.float()
 
+    def sample(self, mean):  # detail 23: Gaussian actions
+        return mean + self.std() * torch.randn_like(mean)
+
     def get_action_and_value(self, obs, action=None):
-        mean = self.get_mean(obs)
-        dist_ = Normal(mean, self.std().expand_as(mean))  # detail 23: Gaussian actions
+        mean, std = self.get_mean(obs), self.std()
         if action is None:
-            action = dist_.sample()
-        # detail 25: independent components, so log-probabilities add up
-        return action, dist_.log_prob(action).sum(1), dist_.entropy().sum(1), self.get_value(obs), mean
+            action = self.sample(mean)
+        c = 0.5 * math.log(2 * math.pi)
+        # detail 25: independent components, so log-probabilities and entropies add up
+        logprob = (-0.5 * ((action - mean) / std).square() - std.log() - c).sum(1)
+        entropy = (std.log() + c + 0.5).sum().expand_as(logprob)
+        return action, logprob, entropy, self.get_value(obs), mean
 
     def forward(self, obs):
         """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
@@ -365,7 +367,7 @@ def main(args: Args):
 
     def policy(obs):
         with torch.no_grad():
-            return agent.get_action_and_value(agent.normalise(obs))
+            return agent.sample(agent.get_mean(agent.normalise(obs)))
 
     def accumulate_gradients(*minibatch):
         flat_grad.zero_()
@@ -396,9 +398,7 @@ def main(args: Args):
     obs = torch.zeros(T, N, obs_dim, device=device)
     final_obs = torch.zeros(T, N, obs_dim, device=device)
     actions = torch.zeros(T, N, action_dim, device=device)
-    means = torch.zeros(T, N, action_dim, device=device)
-    logprobs, rewards, values = (torch.zeros(T, N, device=device) for _ in range(3))
-    dones = torch.zeros(T, N, device=device)
+    rewards, dones = torch.zeros(T, N, device=device), torch.zeros(T, N, device=device)
     truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
 
     # --- resume
@@ -453,10 +453,10 @@ def main(args: Args):
             agent.logstd_limits[1] = limit
             agent.actor_logstd.data.clamp_(max=limit)  # above the limit it would have no gradient
 
-        # --- rollout
+        # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):
             obs[t] = next_obs
-            actions[t], logprobs[t], _, values[t], means[t] = policy(next_obs)
+            actions[t] = policy(next_obs)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
             next_obs, rewards[t], terminated, truncations[t], info = envs.step(actions[t])
             dones[t] = terminated | truncations[t]
@@ -469,14 +469,14 @@ def main(args: Args):
 
         # --- bootstrap and advantages
         with torch.no_grad():
+            b_obs, b_actions = agent.normalise(obs.view(-1, obs_dim)), actions.view(-1, action_dim)
+            _, b_logprobs, _, b_values, b_means = agent.get_action_and_value(b_obs, b_actions)
             # A time limit is no failure: its reward includes the value of the true last observation.
             limits = truncations.nonzero(as_tuple=True)
             rewards[limits] += gamma * agent.get_value(agent.normalise(final_obs[limits]))
             next_value = agent.get_value(agent.normalise(next_obs))
-            advantages = compute_gae(rewards, values, dones, next_value, gamma, args.gae_lambda)
-            b_obs = agent.normalise(obs.view(-1, obs_dim))
-            b_actions, b_means = actions.view(-1, action_dim), means.view(-1, action_dim)
-            b_logprobs, b_values, b_advantages = logprobs.view(-1), values.view(-1), advantages.view(-1)
+            advantages = compute_gae(rewards, b_values.view(T, N), dones, next_value, gamma, args.gae_lambda)
+            b_advantages = advantages.view(-1)
             b_returns = b_advantages + b_values
             old_std = agent.std()
 

@@ -605,9 +605,9 @@ def rank_main(args):
     """One rank of a training on SplitEnv; what it saw goes into its own file."""
     kept, loss, draws = {"advantages": []}, ppo.ppo_loss, []
 
-    def sample(self, sample_shape=()):
+    def sample(self, mean):
         draws.append(1)
-        return self.loc + self.scale * rows_of_this_rank(torch.randn, len(draws), *self.loc.shape)
+        return mean + self.std() * rows_of_this_rank(torch.randn, len(draws), *mean.shape)
 
     def spy(agent, args, *minibatch):
         kept["advantages"].append(minibatch[5].clone())
@@ -615,7 +615,7 @@ def rank_main(args):
         poison = math.nan if len(kept["advantages"]) == int(os.environ["POISON"]) and rank == 1 else 1.0
         return value * poison, stats
 
-    Normal.sample, ppo.ppo_loss, ppo.Go2Env, ppo.Logger = sample, spy, SplitEnv, SilentLogger
+    ppo.Agent.sample, ppo.ppo_loss, ppo.Go2Env, ppo.Logger = sample, spy, SplitEnv, SilentLogger
     ppo.run_evaluation = lambda *args: {"fall_rate": 0.0, "lin_vel_error": 0.0}
     ppo.report = lambda *args: None
     rank, world_size = distributed.init(torch.device("cpu"))
