@@ -129,10 +129,13 @@ class Interrupt:
         os.write(2, b"\nstopping: this iteration is finished and saved first; Ctrl-C again stops at once\n")
 
 
-def export_onnx(module: torch.nn.Module, example_obs: torch.Tensor, path: str | Path) -> None:
-    """Write `module`, a map from obs (batch, n) to actions (batch, m), as ONNX with a free batch size.
+def export_onnx(
+    module: torch.nn.Module, example: torch.Tensor | tuple, path: str | Path, inputs=("obs",), outputs=("actions",)
+) -> None:
+    """Write `module` as ONNX with a free batch size: by default a map from "obs" (batch, n) to "actions" (batch, m).
 
-    The file's input is named "obs", its output "actions". The module is left as it was, in its mode and on its device.
+    With more inputs and outputs, those whose names end in "state" have their batch in dimension 1, as an LSTM's.
+    The module is left as it was, in its mode and on its device.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,11 +147,11 @@ def export_onnx(module: torch.nn.Module, example_obs: torch.Tensor, path: str | 
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module.eval(),
-                (example_obs,),
+                example if isinstance(example, tuple) else (example,),
                 str(temporary),
-                input_names=["obs"],
-                output_names=["actions"],
-                dynamic_axes={"obs": {0: "batch"}, "actions": {0: "batch"}},
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: {int(name.endswith("state")): "batch"} for name in (*inputs, *outputs)},
                 dynamo=False,
             )
         os.replace(temporary, path)

@@ -102,6 +102,7 @@ def parse_args(
     aliases: dict[str, str] = ALIASES,
     saved: dict | None = None,
     argv: list[str] | None = None,
+    unknown: list[str] | None = None,
 ):
     """Read `Args` from its defaults, then a preset, then `--config FILE.yaml`, then the command line (the last wins).
 
@@ -110,6 +111,7 @@ def parse_args(
     default_preset: a name, or a function of the args without a preset, which may look at `args.device`.
     saved: settings of an earlier run, which then stand in for preset and file; the command line still wins.
     argv: the words of the command line, by default those of the process.
+    unknown: takes the flags that `Args` lacks, and their values, for another program; None: they are mistakes.
 
     Any mistake of the user ends the process with exit code 2 and one sentence that names the flag.
     """
@@ -118,7 +120,7 @@ def parse_args(
     hints = {field.name: hints[field.name] for field in dataclasses.fields(Args) if field.init}
     aliases = {name: field for name, field in aliases.items() if field in hints and name not in hints}
     help_wanted = any(word in ("-h", "--help") for word in argv)
-    given = _read_flags([word for word in argv if word not in ("-h", "--help")], hints, aliases)
+    given = _read_flags([word for word in argv if word not in ("-h", "--help")], hints, aliases, unknown)
     source = dict.fromkeys(given, "")
     if "config" in hints and given.get("config") and saved is None:
         path = given["config"][0]
@@ -154,11 +156,14 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
-def _read_flags(argv: list[str], hints: dict, aliases: dict) -> dict[str, list[str]]:
+def _read_flags(argv: list[str], hints: dict, aliases: dict, unknown: list[str] | None = None) -> dict[str, list[str]]:
     """{field: its values as text} from a command line such as `--num_envs=4 --command-vx -1 2 --no-track`."""
-    given, field = {}, None
+    given, field, foreign = {}, None, False
     for word in argv:
         if not re.match(r"--?[a-zA-Z]", word) or re.fullmatch(r"-(inf|nan)", word, re.IGNORECASE):
+            if foreign:
+                unknown.append(word)
+                continue
             check(
                 field is not None,
                 f"got {word!r} on its own; every setting is a flag such as {_flag(next(iter(hints)))}",
@@ -172,6 +177,10 @@ def _read_flags(argv: list[str], hints: dict, aliases: dict) -> dict[str, list[s
             positive = aliases.get(name[3:], name[3:])
             if hints.get(positive) is bool and not equals:
                 field, values = positive, ["false"]
+        foreign = field not in hints and unknown is not None
+        if foreign:
+            unknown.append(word)
+            continue
         if field not in hints:
             nearest = _flag(_nearest(name, [*hints, *aliases]))
             fail(f"unknown flag {flag}; the nearest one is {nearest}, and --help lists all")

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 APT_PACKAGES = ("libegl1", "libgl1", "libgl1-mesa-dri")
+ENCODING = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2, "quality": 7}
+ENCODING["output_params"] = ["-movflags", "+faststart"]
 _TEST = """
 import mujoco
 model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom type='plane' size='1 1 1'/></worldbody></mujoco>")
@@ -93,11 +95,7 @@ class Recorder:
             str(self.temporary),
             (width, height),
             fps=fps,
-            codec="libx264",
-            pix_fmt_out="yuv420p",
-            macro_block_size=2,
-            quality=7,
-            output_params=["-movflags", "+faststart"],
+            **ENCODING,
         )
         self.writer.send(None)
 
@@ -171,6 +169,24 @@ class Recorder:
             self.renderer.close()
             self.writer = None
             self.temporary.unlink(missing_ok=True)
+
+
+def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Path:
+    """Write frames, uint8 (height, width, 3) of one size, as an mp4 that appears whole at the end."""
+    path, frames = Path(path), iter(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+    first = next(frames)
+    writer = imageio_ffmpeg.write_frames(str(temporary), first.shape[1::-1], fps=fps, **ENCODING)
+    try:
+        writer.send(None)
+        for frame in (first, *frames):
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def save_gif(mp4_path: str | Path, gif_path: str | Path, width: int = 480, fps: int = 20, seconds: float | None = None):
