@@ -1,9 +1,11 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.stamp
+MJLAB_PY := .venv-mjlab/bin/python
+MJLAB_STAMP := .venv-mjlab/.stamp
 ARGS ?=
 
-.PHONY: go2 test lint clean
+.PHONY: go2 test test-mjlab lint clean
 
 go2: $(STAMP)  ## train, evaluate and film the Go2; flags of your own: make go2 ARGS="--seed 2"
 	@$(PY) -m common.video
@@ -12,12 +14,15 @@ go2: $(STAMP)  ## train, evaluate and film the Go2; flags of your own: make go2 
 test: $(STAMP) lint
 	$(PY) -m pytest -q
 
+test-mjlab: $(MJLAB_STAMP)  ## train and step tasks of mjlab, which has an environment of its own
+	$(MJLAB_PY) -m pytest -q -m mjlab tests/test_integration_mjlab.py
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-mjlab .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.txt requirements-no-deps.txt
@@ -27,3 +32,8 @@ $(STAMP): requirements.txt requirements-no-deps.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	$(PY) -m pip install --quiet --no-deps -r requirements-no-deps.txt
 	@touch $(STAMP)
+
+$(MJLAB_STAMP): requirements-mjlab.txt
+	test -x $(MJLAB_PY) || $(PYTHON) -m venv .venv-mjlab
+	$(MJLAB_PY) -m pip install --quiet -r requirements-mjlab.txt
+	@touch $(MJLAB_STAMP)

@@ -49,7 +49,26 @@ ISAAC = dict(
 )
 PRESETS = {
     "mujoco": {},
-    "classic": dict(num_steps=64, total_timesteps=200_000, num_minibatches=4, norm_obs=False, norm_reward=False),
+    "classic": dict(
+        num_steps=32,
+        total_timesteps=100_000,
+        learning_rate=1e-3,
+        gamma=0.98,
+        gae_lambda=0.8,
+        num_minibatches=1,
+        update_epochs=20,
+        norm_obs=False,
+        norm_reward=False,
+    ),
+    "memory": dict(
+        num_envs=16,
+        num_steps=128,
+        total_timesteps=300_000,
+        learning_rate=1e-3,
+        num_minibatches=4,
+        norm_obs=False,
+        norm_reward=False,
+    ),
     "isaac-cartpole": ISAAC
     | dict(num_steps=16, num_iterations=150, learning_rate=1e-3, ent_coef=0.005, hidden=(32, 32), norm_obs=False),
     "isaac-ant": ISAAC | dict(learning_rate=5e-4, hidden=(400, 200, 100), norm_obs=False),
@@ -64,6 +83,7 @@ TASKS = {
     "Isaac*Humanoid*": "isaac-humanoid",
     "Isaac*": "isaac",
     "Mjlab*": "isaac",
+    "CartPoleMasked*": "memory",
     "CartPole*": "classic",
     "Acrobot*": "classic",
     "*": "mujoco",
@@ -246,8 +266,8 @@ class Agent(nn.Module):
         self.num_params = sum(self.nvec) if self.nvec else space.shape[0]
         self.normalise = RunningMeanStd(self.obs_dim) if args.norm_obs else nn.Identity()  # detail 28
         self.return_stats = RunningMeanStd(1)
-        self.critic = Network(self.critic_dim, 1, 1.0, args)  # details 13, 26: separate networks
-        self.actor = Network(self.policy_dim, self.num_params, 0.01, args)
+        self.critic = Network(self.critic_dim, 1, 1.0, args)  # detail 13: separate networks
+        self.actor = Network(self.policy_dim, self.num_params, 0.01, args)  # detail 26: separate MLPs
         if not self.nvec:  # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
             self.actor_logstd = nn.Parameter(torch.full(space.shape, math.log(args.init_std)))
         self.min_logstd = math.log(args.min_std)
@@ -496,7 +516,7 @@ def main(args: Args):
         """x as num_minibatches minibatches: of single samples, or with an LSTM of whole sequences."""
         if args.lstm:  # detail 35: sequential rollouts in minibatches
             return x[:, inds].unflatten(1, (args.num_minibatches, -1)).transpose(0, 1)
-        return x.flatten(0, 1)[inds].unflatten(0, (args.num_minibatches, -1))
+        return x.flatten(0, 1)[inds].unflatten(0, (-1, args.minibatch_size))
 
     # --- storage, allocated once
     T, N = args.num_steps, num_envs

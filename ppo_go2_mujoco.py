@@ -90,7 +90,7 @@ class Args(cli.RunArgs, Go2Config):
     """Adam's step size"""
     desired_kl: float = 0.02
     """adapt the learning rate to this KL divergence per update (0: anneal it linearly to zero)"""
-    final_kl: float = 0.01
+    final_kl: float = 0.002
     """desired_kl falls linearly to this by the end"""
     gamma: float = 0.97
     """discount at the start"""

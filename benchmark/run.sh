@@ -12,6 +12,11 @@ $PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3                         # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
 $PY benchmark/go2_variants.py --seeds 1                              # 12 min
 $PY benchmark/go2_reference.py --minutes 60                          # 75 min
+# Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the
+# folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
+$PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min
+$PY benchmark/isaac_speed.py ${CLEANRL:+--cleanrl "$CLEANRL"} ${SB3:+--sb3 "$SB3"}                    # 60 min
+$PY benchmark/gym_mujoco.py --seeds 1 2 3 --headline-seeds 1 2 3 4 5 ${CLEANRL:+--cleanrl "$CLEANRL"} # 4 h
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU
 fi

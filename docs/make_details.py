@@ -70,6 +70,17 @@ REASONS = {
         **dict.fromkeys(range(32, 37), _NO_LSTM),
         37: "actions are continuous",
     },
+    "ppo_continuous_isaac.py": {
+        14: "the adapter's part: a random phase of the first episodes (`common/envs/isaac.py`)",
+        15: "the task's part: its decimation or frame skip; no pixels to take a maximum of",
+        16: "no lives: a fall ends the episode, and a time limit is no failure",
+        17: "no game that waits for a button",
+        18: "no images",
+        19: "rewards are scaled by a running statistic (detail 30), which keeps their sizes apart",
+        20: "the adapter's part: `--history`",
+        21: "no images",
+        22: "no images",
+    },
 }
 
 

@@ -152,3 +152,34 @@ def test_export_onnx(tmp_path, capfd):
         obs = 3 * torch.randn(batch, 48)
         (actions,) = session.run(None, {"obs": obs.numpy()})
         np.testing.assert_allclose(actions, policy(obs).detach().numpy(), atol=1e-5)
+
+
+def test_export_onnx_of_a_policy_with_a_state(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = torch.nn.LSTM(5, 8), torch.nn.Linear(8, 2)
+
+        def forward(self, obs, state):
+            output, (h, c) = self.lstm(obs[None], (state[:1].contiguous(), state[1:].contiguous()))
+            return self.head(output[0]), torch.cat((h, c))
+
+    policy, path = Policy().train(), tmp_path / "policy.onnx"
+    names = ("obs", "state"), ("actions", "next_state")
+    checkpoint.export_onnx(policy, (torch.zeros(1, 5), torch.zeros(2, 1, 8)), path, *names)
+    assert policy.training and [p.name for p in tmp_path.iterdir()] == ["policy.onnx"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["obs", "state"]
+    assert [o.name for o in session.get_outputs()] == ["actions", "next_state"]
+    for batch in (1, 7):
+        state = torch.randn(2, batch, 8)
+        memory = state.numpy()
+        for _ in range(3):
+            obs = torch.randn(batch, 5)
+            with torch.no_grad():
+                expected, state = policy(obs, state)
+            actions, memory = session.run(None, {"obs": obs.numpy(), "state": memory})
+            np.testing.assert_allclose(actions, expected, atol=1e-5)
+            np.testing.assert_allclose(memory, state, atol=1e-5)

@@ -143,6 +143,35 @@ def test_mistakes_in_the_config(capsys, tmp_path, text, words):
     assert all(word in message for word in words), message
 
 
+def test_unknown_flags_go_to_another_program(capsys):
+    unknown = []
+    words = [
+        "--headless",
+        "--num-envs",
+        3,
+        "--kit_args",
+        "--ext",
+        "-1",
+        "2.5",
+        "--viz=newton",
+        "--track",
+        "--no-cameras",
+    ]
+    args = parse(*words, "--command-vx", -1, 2, unknown=unknown)
+    assert (args.num_envs, args.track, args.command_vx) == (3, True, (-1.0, 2.0))
+    assert unknown == ["--headless", "--kit_args", "--ext", "-1", "2.5", "--viz=newton", "--no-cameras"]
+    unknown = []
+    assert parse("--use-wandb", "--no-anneal-lr", "--n-envs=5", unknown=unknown).num_envs == 5 and unknown == []
+    assert "unknown flag --headless; the nearest one is" in refusal(capsys, "--headless")  # without a taker
+
+
+def test_with_a_taker_for_unknown_flags_other_mistakes_are_still_told(capsys):
+    for argv, words in ((["train"], "'train'"), (["--headless", "--num-envs", "many"], "--num-envs got 'many'")):
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv, unknown=[])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_help_shows_the_preset(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--preset", "large", "--help")

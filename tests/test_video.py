@@ -108,6 +108,36 @@ with Recorder(model, sys.argv[1] + "/a.mp4", width=64, height=64) as recorder:
     assert (run.returncode, run.stderr) == (0, "") and (tmp_path / "a.mp4").stat().st_size > 0
 
 
+def painted(count, height=48, width=64):
+    """Frames that grow brighter, each as a view with a stride, as a renderer may give them."""
+    for i in range(count):
+        yield np.full((height, 2 * width, 3), 40 * i, np.uint8)[:, ::2]
+
+
+def test_frames_become_an_mp4(tmp_path):
+    path = video.write_mp4(tmp_path / "videos" / "a.mp4", painted(6), fps=20)
+    assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
+    frames = imageio_ffmpeg.read_frames(str(path))
+    meta = next(frames)
+    assert meta["size"] == (64, 48) and meta["fps"] == 20 and meta["codec"] == "h264"
+    assert meta["pix_fmt"].startswith("yuv420p")
+    brightness = [np.frombuffer(frame, np.uint8).mean() for frame in frames]
+    assert brightness == pytest.approx([40 * i for i in range(6)], abs=6)
+
+
+def test_a_crash_between_frames_leaves_the_old_mp4(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def frames():
+        yield from painted(2)
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        video.write_mp4(path, frames(), fps=20)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_without_opengl(monkeypatch, tmp_path):
     def crash(command, **kwargs):
         raise subprocess.CalledProcessError(1, command)

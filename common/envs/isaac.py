@@ -158,10 +158,11 @@ class IsaacEnv(VectorEnv):
         groups, reward, terminated, truncated, extras = self.env.step(actions)
         self._in_step = False
         last, obs = self._obs, self._cat(groups)  # (num_envs, policy + critic), copies
-        reward, terminated, truncated = reward.float().clone(), terminated.bool().clone(), truncated.bool().clone()
+        reward = reward.float().clone()  # a buffer; so are the flags, of which the next lines make new tensors
         log = self._take_log(extras)
 
         # Both flags: a fall at the time limit, which is a fall; or a task without falls that reports the limit twice.
+        terminated, truncated = terminated.bool(), truncated.bool()
         twice = (terminated == truncated).all()
         terminated = terminated & ~(truncated & twice)
         truncated = truncated & ~terminated
