@@ -111,9 +111,9 @@ class Args(cli.RunArgs):
     num_steps: int = 256
     """steps per environment and iteration"""
     num_iterations: int = 0
-    """iterations; --total-timesteps overrides it"""
+    """iterations to train for (0: those of --total-timesteps); given both, that counts which the preset leaves at 0"""
     total_timesteps: int = 1_000_000
-    """environment steps to train for (0: num_iterations)"""
+    """environment steps to train for (0: those of --num-iterations)"""
     learning_rate: float = 3e-4
     """Adam's step size"""
     anneal_lr: bool = True
@@ -412,11 +412,12 @@ def check_args(args: Args):
 
     positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "init_std", "history", "lstm_size")
     positive += ("log_interval", "checkpoint_interval", "video_interval", "eval_episodes", "learning_rate", "min_std")
-    positive += ("ranks", "max_grad_norm", "clip_coef", "num_iterations")
+    positive += ("ranks", "max_grad_norm", "clip_coef")
     for name in positive:
         require_that(getattr(args, name) > 0, name, "a number above 0")
-    for name in ("desired_kl", "target_kl", "eval_interval", "vf_coef", "clip_actions"):
+    for name in ("desired_kl", "target_kl", "eval_interval", "vf_coef", "clip_actions", "num_iterations"):
         require_that(getattr(args, name) >= 0, name, "0 or a number above it")
+    require_that(args.total_timesteps > 0 or args.num_iterations, "total_timesteps", "a number above 0")
     require_that(args.min_std <= args.init_std, "min_std", "at most --init-std")
     require_that(args.hidden and min(args.hidden) > 0, "hidden", "numbers above 0")
     require_that(0 <= args.gamma < 1, "gamma", "a number from 0 to below 1")
@@ -468,7 +469,7 @@ def main(args: Args):
     num_envs = args.num_envs // world_size  # detail 1: vectorised architecture
     args.batch_size = num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
-    num_iterations = args.num_iterations
+    num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
     video_dir = str(Path(args.log_dir) / "videos") if args.capture_video and rank == 0 else ""
     envs = make(args, num_envs, args.seed + 1000 * rank, video_dir=video_dir)
 
@@ -811,8 +812,9 @@ if __name__ == "__main__":
     if not args.ranks:
         alone = args.device != "cpu" or args.eval_only or not is_gymnasium(args)
         args.ranks = 1 if alone else math.gcd(distributed.num_cores(), args.num_envs)
-    if args.total_timesteps:
-        args.num_iterations = math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
+    if args.num_iterations and args.total_timesteps:
+        unused = "num_iterations" if "num_iterations" in PRESETS[args.preset] else "total_timesteps"
+        setattr(args, unused, 0)
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

@@ -760,10 +760,12 @@ def test_mistakes_with_isaac_lab(install, version, settings, words):
     assert "app closed" not in events, "closing Kit ends the process before the sentence is read"
 
 
-def test_the_tasks_own_physics(install):
-    events = install(NEWER)
-    make_env("Isaac-Cartpole-v0", 2, physics="")
-    assert events[1][1] == "physx"
+@pytest.mark.parametrize("physics, chosen", [("", "physx"), ("warp_renderer, newton_mjwarp", "newton")])
+def test_presets_are_none_or_several(install, physics, chosen):
+    hydra = HYDRA.replace("return {", 'return {"renderer": {"default": 1, "warp_renderer": 2}} | {')
+    events = install(NEWER | {"isaaclab_tasks/utils/hydra.py": hydra})
+    make_env("Isaac-Cartpole-v0", 2, physics=physics)
+    assert events[1][1] == chosen
 
 
 def test_mjlab_is_told_not_to_reset(install):

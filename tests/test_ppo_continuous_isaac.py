@@ -29,7 +29,9 @@ from common.logger import to_numbers
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(device="cpu", ranks=1, hidden=(16, 16), lstm_size=8, log_interval=1, checkpoint_interval=1000)
-TINY |= dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, norm_reward=False)
+TINY |= dict(
+    save_video=False, num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, norm_reward=False
+)
 ACTIONS = {"box": Box(-1, 1, (3,)), "discrete": Discrete(4), "multi": MultiDiscrete([2, 3, 4])}
 
 
@@ -146,6 +148,7 @@ def stand_in(replace):
     replace(ppo, "make_env", ScriptedEnv)
     replace(ppo, "run_evaluation", lambda *args: {"mean_return": 0.0})
     replace(ppo, "export", lambda *args: None)
+    replace(ppo, "run_info", dict)
     replace(ppo, "Logger", SilentLogger)
     replace(distributed, "num_cores", lambda: 1)
 
@@ -381,7 +384,7 @@ def test_a_sequence_with_starts_equals_stepping_one_by_one():
             torch.testing.assert_close(output[0], together[t])
         # The episode that begins remembers nothing; the others do.
         other, _ = network(torch.cat((x[:3] + 1, x[3:])), state, starts)
-        differs = (other - together).abs().amax(2) > 1e-4
+        differs = (other - together).abs().amax(2) > 1e-5
         assert not differs[3:, [0, 2]].any() and differs[:3].all() and differs[3:8, [1, 3]].all()
         assert not differs[8, 3]
 
@@ -399,7 +402,7 @@ def test_networks_give_float32_in_bfloat16_too():
     agent = shaken(make_agent(precision="bfloat16", lstm=True))
     exact = copy.deepcopy(agent)
     exact.autocast = make_agent().autocast
-    x = torch.randn(3, 16, 4), torch.zeros(3, 16, 3), torch.zeros(4, 16, 8), torch.zeros(3, 16)
+    x = torch.randn(3, 16, 4), torch.zeros(3, 16, 3), torch.zeros(4, 16, 8), torch.eye(3, 16)
     with torch.no_grad():
         rounded, right = agent.get_action_and_value(*x), exact.get_action_and_value(*x)
         assert all(tensor.dtype == torch.float32 for tensor in rounded[:5])
@@ -557,15 +560,15 @@ def test_time_limits_are_bootstrapped_with_the_value_of_the_true_last_observatio
                 state, first = states[-1], steps["done"][-1]
             else:
                 values, next_values = agent.critic.mlp(observations)[..., 0], agent.critic.mlp(following)[..., 0]
-        assert next_values.abs().min() > 1e-3  # so that forgetting one shows
-        assert steps["terminated"].any() and steps["truncated"].any()
+        assert steps["terminated"].any() and steps["truncated"].sum() == 6
+        assert next_values[steps["truncated"]].abs().min() > 1e-3  # so that forgetting one shows
         next_values = torch.where(steps["terminated"], 0.0, next_values)
         rewards, values, next_values = (x.double().numpy() for x in (steps["reward"], values, next_values))
         expected = advantages_by_definition(rewards, values, next_values, steps["done"].numpy(), 0.9, 0.8)
         ours = unshuffled([minibatch], observations)
-        np.testing.assert_allclose(ours["advantages"], expected.ravel(), atol=2e-5)
-        np.testing.assert_allclose(ours["returns"], (expected + values).ravel(), atol=2e-5)
-        np.testing.assert_allclose(ours["values"], values.ravel(), atol=1e-5)
+        np.testing.assert_allclose(ours["advantages"], expected.ravel(), atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(ours["returns"], (expected + values).ravel(), atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(ours["values"], values.ravel(), atol=1e-5, rtol=1e-5)
 
 
 def test_rewards_are_scaled_by_the_std_of_the_discounted_return_and_clipped(run_main, monkeypatch):
@@ -897,6 +900,7 @@ TRAININGS = {"mlp": ROBOTS, "lstm": ROBOTS | {"lstm": True}, "poisoned": ROBOTS}
 def train(name, folder, replace=setattr):
     """One training whose noise does not depend on how the robots are split; what this rank saw goes into a file."""
     seen, loss, draws = {"advantages": []}, REAL_LOSS, []
+    (folder / name).mkdir(exist_ok=True)
     stand_in(replace)
 
     def sample(self, params):
@@ -1032,33 +1036,31 @@ def test_onnx_is_the_policy_with_its_normaliser_and_its_memory(tmp_path, env_id,
     ppo.export(agent, args, tmp_path / "policy.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"])
     obs, _ = envs.reset(seed=3)
-    state, plain, actions = agent.zero_state(3), [], []
-    memory = agent.zero_state(3)
-    with torch.no_grad():
-        for _ in range(25):
-            if lstm:
-                expected, state = agent(obs, state)
-                inputs = {"obs": obs.numpy(), "state": memory.numpy()}
-                action, memory = (torch.from_numpy(x) for x in session.run(["actions", "next_state"], inputs))
-                torch.testing.assert_close(memory, state, atol=1e-5, rtol=1e-5)
-                plain.append(agent.mode(agent.actor(obs[None], state, torch.zeros(1, 3))[0][0]))
-                single = {"obs": obs[:1].numpy(), "state": inputs["state"][:, :1]}
-            else:
-                expected = agent(obs)
-                action = torch.from_numpy(session.run(["actions"], {"obs": obs.numpy()})[0])
-                plain.append(agent.mode(agent.actor(obs)[0]))
-                single = {"obs": obs[:1].numpy()}
-            assert action.dtype == expected.dtype
-            torch.testing.assert_close(action, expected, atol=1e-5, rtol=1e-5)
-            np.testing.assert_allclose(session.run(["actions"], single)[0], expected[:1], atol=1e-5)
-            actions.append(expected)
-            obs, _, terminated, truncated, _ = envs.step(expected)
-            done = terminated | truncated
-            if lstm:
-                state, memory = state * ~done[:, None], memory * ~done[:, None]
-    actions, plain = torch.stack(actions).float(), torch.stack(plain).float()
-    assert actions.std() > 0.05 and (actions - plain).abs().max() > 1e-2  # without the normaliser it is another policy
+    state = memory = agent.zero_state(3)
+
+    def both(obs, *state):
+        """The policy's outputs, after those of the file have been compared with them."""
+        with torch.no_grad():
+            expected = agent(obs, *state)
+        expected = expected if state else (expected,)
+        inputs = dict(zip(("obs", "state"), (obs.numpy(), *(s.numpy() for s in state)), strict=False))
+        for ours, theirs in zip(session.run(None, inputs), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-5, rtol=1e-5)
+        return expected
+
+    for _ in range(25):
+        action, *memory = both(obs, *([state] if lstm else []))
+        both(obs[:1], *([state[:, :1]] if lstm else []))  # another batch size
+        obs, _, terminated, truncated, _ = envs.step(action)
+        state = memory[0] * ~(terminated | truncated)[:, None] if lstm else None
     envs.close()
+
+    wide, state = 2 + torch.randn(300, agent.policy_dim), torch.randn(2, 300, 8)
+    actions = both(wide, *([state] if lstm else []))[0].float()
+    with torch.no_grad():
+        raw, _ = agent.actor(wide[None], state, torch.zeros(1, 300)) if lstm else agent.actor(wide)
+    assert actions.std(0).max() > 0.05
+    assert (actions - agent.mode(raw).view_as(actions)).abs().max() > 1e-2  # without the normaliser it is another
 
 
 # --- settings

@@ -230,7 +230,7 @@ def _check(cfg: Go2Config, num_envs: int):
 
 
 class Go2Env(VectorEnv):
-    """The vector environment of DESIGN.md: torch tensors on `device`, same-step autoreset, true last observations.
+    """A vector environment (docs/environments.md): torch tensors on `device`, same-step autoreset, true last observations.
 
     Action (num_envs, 12): offset from the default pose in units of `action_scale` rad, in the order of JOINTS.
     Observation (num_envs, obs_dim * history): see docs/go2.md. Raises ValueError for settings that do not fit.
@@ -347,7 +347,7 @@ class Go2Env(VectorEnv):
         return self._observe(self._everyone), {}
 
     def step(self, actions: torch.Tensor):
-        """One control step of 0.02 s. See DESIGN.md for what it returns."""
+        """One control step of 0.02 s. See docs/environments.md for what it returns."""
         cfg, last_action = self.cfg, self.action
         # A copy: the caller may reuse the tensor (a CUDA graph's output) before `last_action` is read.
         self.action = torch.as_tensor(actions, dtype=torch.float32, device=self.device).detach().clone()

@@ -1,7 +1,7 @@
 """One adapter for Gymnasium, Isaac Lab (2.3 with Kit, 3.x with and without it) and mjlab: `make_env(env_id, ...)`.
 
 All come out as a `gymnasium.vector.VectorEnv` of torch tensors with one observation vector per environment, the
-policy's part first and the critic's last; DESIGN.md section 3 says what `step` returns. A user's mistake raises
+policy's part first and the critic's last; docs/environments.md says what `step` returns. A user's mistake raises
 ValueError with one sentence.
 """
 
@@ -47,7 +47,7 @@ def make_env(
 ) -> VectorEnv:
     """The vector environment of `env_id`: `Isaac*` is Isaac Lab, `Mjlab-*` mjlab, anything else Gymnasium.
 
-    physics: preset of Isaac Lab 3.x; "" takes the task's own.
+    physics: preset of Isaac Lab 3.x, or several with commas (newton_mjwarp,newton_renderer); "" takes the task's own.
     clip_actions: bound on the actions of Isaac Lab and mjlab, whose spaces have none (0: no bound).
     history: the policy sees this many stacked observations, newest last.
     compute_final_obs: whether to observe an episode's last state; without, `final_obs` is the observation before it.
@@ -339,9 +339,11 @@ def _isaac_config(env_id, num_envs, device, seed, physics, compute_final_obs, wi
     if with_presets:
         hydra = importlib.import_module("isaaclab_tasks.utils.hydra")
         names = {name for preset in hydra.collect_presets(cfg).values() for name in preset} - {"default"}
-        if physics and names and physics not in names:
-            raise ValueError(f"--physics {physics} is no preset of {env_id}, which has {', '.join(sorted(names))}")
-        cfg = hydra.resolve_presets(cfg, (physics,) if physics else ())
+        wanted = tuple(word.strip() for word in physics.split(",") if word.strip())
+        for word in wanted if names else ():  # a task without presets has one physics, which nothing here can choose
+            if word not in names:
+                raise ValueError(f"--physics {word} is no preset of {env_id}, which has {', '.join(sorted(names))}")
+        cfg = hydra.resolve_presets(cfg, wanted)
     cfg.sim.device, cfg.scene.num_envs, cfg.seed = str(device), num_envs, seed
     if compute_final_obs and hasattr(cfg, "compute_final_obs"):
         cfg.compute_final_obs = True
