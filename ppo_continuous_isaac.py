@@ -631,7 +631,9 @@ def main(args: Args):
                 rewards[limits] += args.gamma * agent.get_value(agent.normalise(final_obs[limits]))[0]
             advantages = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
             returns = advantages + values
-            old_std = agent.std() if agent.nvec is None else None
+            old_std = (
+                agent.std() if agent.nvec is None else torch.ones(1, device=device)
+            )  # of no use to discrete actions
         batch = (b_obs, actions, logprobs, dist_params, advantages, returns, values)
 
         # --- update

@@ -230,7 +230,7 @@ def _check(cfg: Go2Config, num_envs: int):
 
 
 class Go2Env(VectorEnv):
-    """A vector environment (docs/environments.md): torch tensors on `device`, same-step autoreset, true last observations.
+    """A vector environment as docs/environments.md says: torch tensors, same-step autoreset, true last observations.
 
     Action (num_envs, 12): offset from the default pose in units of `action_scale` rad, in the order of JOINTS.
     Observation (num_envs, obs_dim * history): see docs/go2.md. Raises ValueError for settings that do not fit.
