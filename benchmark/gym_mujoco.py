@@ -95,7 +95,7 @@ class Job:
             steps = [0] + [step for step, *_ in rows]
             episodes = [(b - a) / row[2] for a, b, row in zip(steps, steps[1:], rows, strict=False)]
             content["curve"] = [[step, value] for step, value, _ in rows]
-            content["steps_per_second"] = summary["SPS"]
+            content |= {"steps_per_second": summary["SPS"], "wall_seconds": summary["wall_seconds"]}
             keys = ("episodes", "mean_return", "return_ci95", "mean_length")
             content["evaluation"] = {key: summary[key] for key in keys}
         else:  # an entry per episode
@@ -219,7 +219,8 @@ def plot(stored: list[dict], games: list[str], path: Path):
             curves = [np.array(r["curve"]) for r in stored if (r["side"], r["game"]) == (side, game)]
             if not curves:
                 continue
-            steps = np.arange(BIN, max(curve[-1, 0] for curve in curves) + 1, BIN)
+            last = max(curve[-1, 0] for curve in curves)
+            steps = np.arange(min(BIN, last), last + 1, BIN)
             values = np.stack([np.interp(steps, *curve.T) for curve in curves])
             label = "ours" if side == "ours" else "CleanRL, run here"
             ax.plot(steps / 1e6, iqm(values.T), color=color, label=label)
@@ -229,11 +230,11 @@ def plot(stored: list[dict], games: list[str], path: Path):
             ax.axhline(mean, color="black", linewidth=0.9, linestyle="--", label="CleanRL, published at 1M steps")
             ax.axhspan(mean - std, mean + std, color="black", alpha=0.08, linewidth=0)
         ax.set_title(game, fontsize=10)
+        ax.set_xlabel("million steps", fontsize=9)
     for ax in axes[len(games) :]:
         ax.set_axis_off()
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.supxlabel("million steps", fontsize=10)
     figure.supylabel("return of training episodes", fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -270,7 +271,7 @@ def main():
     games = [game for game in args.games if any(run["game"] == game for run in stored)]
     figures = {"games": report(stored, games), "missing": len(jobs) - len(stored), "cleanrl": about}
     figures["settings"] = {"total_timesteps": args.total_timesteps, "flags": flags, "ranks": 1}
-    figures["note"] = "steps per second are of runs that share the machine: isaac_speed.json compares speed"
+    figures["note"] = "steps per second are of runs that share the machine, and minutes of the last start alone"
     figures["runs"] = stored
     num_envs = {"ours": flags[flags.index("--num-envs") + 1] if "--num-envs" in flags else 8, "cleanrl": 1}
     tools.write(args, "gym_mujoco", sorted({run["seed"] for run in stored}), num_envs, began, figures)

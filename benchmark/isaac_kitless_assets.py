@@ -22,6 +22,14 @@ ROBOTS = {
 GROUND = "Isaac/Environments/Grid/default_environment.usd"
 # Solid boxes of 1 kg with the sizes of the cart's and the pole's collision shapes: (width, depth, height) in m.
 BOXES = {"slider": (0.03, 8.0, 0.03), "cart": (0.2, 0.25, 0.2), "pole": (0.04, 0.06, 1.0)}
+# Joints of newton's humanoid that Isaac Lab knows by another name.
+JOINTS = {
+    "abdomen_x": "pelvis",
+    "left_elbow": "left_lower_arm",
+    "right_elbow": "right_lower_arm",
+    "left_knee": "left_shin",
+    "right_knee": "right_shin",
+}
 
 GROUND_USDA = """#usda 1.0
 (
@@ -69,6 +77,18 @@ def with_inertias(usda: str) -> str:
     return usda
 
 
+def with_joint_names(usda: str) -> str:
+    """The humanoid with Isaac Lab's names of its joints."""
+    for old, new in JOINTS.items():
+        usda, count = re.subn(rf'(def PhysicsRevoluteJoint )"{old}"', rf'\1"{new}"', usda)
+        if count != 1:
+            sys.exit(f"error: newton's humanoid has {count} joints {old!r}; this script knows the file of newton 1.2")
+    return usda
+
+
+EDITS = {"cartpole_single_pendulum.usda": with_inertias, "humanoid.usda": with_joint_names}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the assets go; it is made if need be")
@@ -83,7 +103,7 @@ def main():
         usda = (examples / source).read_text()
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(with_inertias(usda) if source.startswith("cartpole") else usda)
+        path.write_text(EDITS[source](usda) if source in EDITS else usda)
         print(path)
     path = folder / GROUND
     path.parent.mkdir(parents=True, exist_ok=True)

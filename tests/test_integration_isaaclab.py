@@ -18,7 +18,7 @@ from common.envs.isaac import make_env
 pytestmark = pytest.mark.isaaclab
 ROOT = Path(__file__).parent.parent
 CARTPOLE = "Isaac-Cartpole-Direct"
-CAMERA, CAMERA_PHYSICS = "Isaac-Cartpole-Camera-Presets-Direct", "newton_mjwarp,newton_renderer"
+CAMERA = "Isaac-Cartpole-Camera-Presets-Direct"
 LIMIT_SOON = 5  # so many steps before its time limit does the first environment of `contract` begin
 
 
@@ -65,11 +65,12 @@ def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another(tmp_pa
     assert not torch.equal(first["obs"], other["obs"])
 
 
-def test_the_camera_sees_the_pole_move(tmp_path):
+def test_the_camera_sees_the_pole_move_and_the_adapter_refuses_images(tmp_path):
     seen = run(tmp_path, "camera", 5)
-    images = seen["obs"]  # (steps, environments, pixels)
-    assert images.isfinite().all() and images.std() > 0
-    assert (images[-1] - images[0]).abs().amax(1).min() > 0.01
+    images = seen["images"]  # (steps, environments, height, width, channels)
+    assert images.shape[:4] == (11, 2, 100, 100) and images.isfinite().all() and images.std() > 0
+    assert (images[-1] - images[0]).abs().flatten(1).amax(1).min() > 0.01
+    assert "observes images" in seen["refusal"]
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name_in_one_sentence(tmp_path):
@@ -124,9 +125,30 @@ def contract(seed):
 
 
 def camera(seed):
-    env, _ = make_first(names_of(CAMERA), 2, "cpu", seed, physics=CAMERA_PHYSICS)
-    images = [env.reset(seed=seed)[0]] + [env.step(torch.ones(2, 1))[0] for _ in range(10)]
-    return {"obs": torch.stack(images)}, env
+    """Isaac Lab's own environment: the adapter takes no images."""
+    import argparse
+
+    import gymnasium as gym
+    import isaaclab_tasks  # noqa: F401
+    from isaaclab_tasks.utils.hydra import resolve_presets
+    from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
+    from isaaclab_tasks.utils.sim_launcher import launch_simulation
+
+    from common.envs.isaac import IsaacEnv
+
+    task = next(name for name in names_of(CAMERA) if name in gym.registry)
+    cfg = resolve_presets(load_cfg_from_registry(task, "env_cfg_entry_point"), ("newton_mjwarp", "newton_renderer"))
+    cfg.sim.device, cfg.scene.num_envs, cfg.seed = "cpu", 2, seed
+    with launch_simulation(cfg, argparse.Namespace(device="cpu")):
+        env = gym.make(task, cfg=cfg)
+    images = [env.reset(seed=seed)[0]["policy"].clone()]
+    images += [env.step(torch.ones(2, 1))[0]["policy"].clone() for _ in range(10)]
+    refusal = ""
+    try:
+        IsaacEnv(env, task, seed)
+    except ValueError as error:
+        refusal = str(error)
+    return {"images": torch.stack(images), "refusal": refusal}, env
 
 
 if __name__ == "__main__":

@@ -400,20 +400,6 @@ def test_the_first_state_is_zero(run_main, minibatches):
     assert second.state.abs().amax((0, 2)).min() > 1e-3  # the second rollout goes on from the first
 
 
-def test_networks_give_float32_in_bfloat16_too():
-    agent = shaken(make_agent(precision="bfloat16", lstm=True))
-    exact = copy.deepcopy(agent)
-    exact.autocast = make_agent().autocast
-    x = torch.randn(3, 16, 4), torch.zeros(3, 16, 3), torch.zeros(4, 16, 8), torch.eye(3, 16)
-    with torch.no_grad():
-        rounded, right = agent.get_action_and_value(*x), exact.get_action_and_value(*x)
-        assert all(tensor.dtype == torch.float32 for tensor in rounded[:5])
-        assert not torch.equal(rounded[4], right[4])  # it really was bfloat16
-        torch.testing.assert_close(rounded[4], right[4], atol=0.1, rtol=0.05)
-        memory = torch.zeros(2, 16, 8)
-        assert torch.equal(agent(x[0][0], memory)[0], exact(x[0][0], memory)[0])  # what is evaluated and exported
-
-
 def test_observations_are_normalised_and_clipped_at_10():
     normalise, seen = ppo.RunningMeanStd(3), torch.Generator().manual_seed(0)
     batches = [3 + 2 * torch.randn(n, 3, generator=seen) for n in (5, 1, 300)]
@@ -772,6 +758,21 @@ def test_advantages_are_normalised_per_minibatch(run_main, minibatches, lstm):
 # --- the update
 
 
+def test_the_std_rises_again_from_its_floor(run_main, monkeypatch):
+    """A log-std that has gone beyond its limits has no gradient, and would be stuck there."""
+    calls = []
+
+    def wish(agent, args, *minibatch):  # less noise in the first iteration, more in the second
+        calls.append(1)
+        sign = 1 if len(calls) <= 40 else -1
+        return sign * agent.std().log().sum() + 0 * sum(p.sum() for p in agent.parameters()), torch.zeros(7)
+
+    monkeypatch.setattr(ppo, "ppo_loss", wish)
+    run_main(update_epochs=40, init_std=0.2, min_std=0.1, learning_rate=0.05, anneal_lr=False, max_grad_norm=1e9)
+    low, high = (line["charts/action_std"] for line in SilentLogger.lines)
+    assert low == pytest.approx(0.1) and high > 0.2
+
+
 @pytest.mark.parametrize(
     ("kl", "lr", "expected"),
     [
@@ -1063,6 +1064,14 @@ def test_onnx_is_the_policy_with_its_normaliser_and_its_memory(tmp_path, env_id,
         raw, _ = agent.actor(wide[None], state, torch.zeros(1, 300)) if lstm else agent.actor(wide)
     assert actions.std(0).max() > 0.05
     assert (actions - agent.mode(raw).view_as(actions)).abs().max() > 1e-2  # without the normaliser it is another
+
+
+def test_export_leaves_the_policy_on_its_device(tmp_path, monkeypatch):
+    """The evaluation that follows goes on where training was."""
+    moved, agent = [], make_agent()
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda module: moved.append(module) or module)
+    ppo.export(agent, ppo.Args(), tmp_path / "policy.onnx")
+    assert (tmp_path / "policy.onnx").exists() and not any(module is agent for module in moved)
 
 
 # --- settings

@@ -125,7 +125,7 @@ class IsaacEnv(VectorEnv):
         check_action_space(env_id, action_space)
         set_spaces(self, self.policy_dim + self._critic_width, action_space)
 
-        self._random_phase = not any(name.lower() in env_id.lower() for name in SYNCHRONOUS)
+        self._synchronous = any(name.lower() in env_id.lower() for name in SYNCHRONOUS)
         self._manual = getattr(sim.cfg, "auto_reset", True) is False  # mjlab: it is we who reset
         self._in_step, self._final = False, None
         if compute_final_obs and not self._manual and not getattr(sim.cfg, "compute_final_obs", False):
@@ -144,7 +144,7 @@ class IsaacEnv(VectorEnv):
             self._generator.manual_seed(seed)
         groups, _ = self.env.reset(seed=seed)
         self._obs = torch.nan_to_num(self._cat(groups))
-        if options and options.get("random_phase") and self._random_phase:
+        if options and options.get("random_phase") and not self._synchronous:
             limit, ages = int(self.sim.max_episode_length), self.sim.episode_length_buf
             ages[:] = torch.randint(limit, ages.shape, generator=self._generator, device=self.device)
         self._returns, self._lengths = torch.zeros_like(self._returns), torch.zeros_like(self._lengths)
@@ -158,13 +158,12 @@ class IsaacEnv(VectorEnv):
         groups, reward, terminated, truncated, extras = self.env.step(actions)
         self._in_step = False
         last, obs = self._obs, self._cat(groups)  # (num_envs, policy + critic), copies
-        reward = reward.float().clone()  # a buffer; so are the flags, of which the next lines make new tensors
+        reward, terminated, truncated = reward.float().clone(), terminated.bool().clone(), truncated.bool()  # buffers
         log = self._take_log(extras)
 
-        # Both flags: a fall at the time limit, which is a fall; or a task without falls that reports the limit twice.
-        terminated, truncated = terminated.bool(), truncated.bool()
-        twice = (terminated == truncated).all()
-        terminated = terminated & ~(truncated & twice)
+        # Both flags: a fall at the time limit, which is a fall; but Factory has no falls and reports the limit twice.
+        if self._synchronous:
+            terminated &= ~truncated
         truncated = truncated & ~terminated
         if getattr(self.sim.cfg, "is_finite_horizon", False):  # nothing is worth anything after the limit
             terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
