@@ -8,6 +8,7 @@ Flags that this script does not know go to Isaac Lab's launcher. Of the 37 detai
 place here; docs/details.md gives the reason for each.
 """
 
+import copy
 import math
 import os
 import time
@@ -28,6 +29,7 @@ from common.cuda_graph import CudaGraph
 from common.envs.isaac import make_env
 from common.envs.isaac_eval import evaluate, record_video
 from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
+from common.physics import resolve_backend
 
 SCRIPT = "ppo_continuous_isaac"
 # Settings of a run that its checkpoint does not pass on.
@@ -426,6 +428,10 @@ def check_args(args: Args):
     per_rank, what = args.num_envs // args.ranks * (1 if args.lstm else args.num_steps), "samples per iteration"
     what = f"a divisor of the {per_rank} {'environments' if args.lstm else what} per rank"
     require_that(per_rank % args.num_minibatches == 0, "num_minibatches", what)
+    try:
+        resolve_backend("auto", args.device)
+    except ValueError as error:
+        cli.fail(str(error))
     accelerated = args.compile or args.cuda_graphs
     cli.check(not (args.lstm and accelerated), "--lstm got --compile or --cuda-graphs beside it; it takes neither")
 
@@ -506,6 +512,8 @@ def main(args: Args):
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
         optimizer.step()
+        if agent.nvec is None:
+            agent.actor_logstd.data.clamp_(agent.min_logstd, math.log(10.0))  # beyond, it has no gradient
         return norm, ~finite
 
     if args.compile:
@@ -762,13 +770,14 @@ def run_evaluation(agent: Agent, args: Args, envs=None) -> dict:
 def film(agent: Agent, args: Args, path: Path):
     """One episode of the deterministic policy as an mp4. Isaac Lab films by its own recorder while it trains."""
     if is_gymnasium(args):
-        make_envs = partial(make, args, 1, args.seed, render_mode="rgb_array")
+        settings = {"history": args.history, "render_mode": "rgb_array"}
+        make_envs = partial(make_env, args.env_id, 1, args.device, args.seed, **settings)
         record_video(agent, make_envs, path, args.seed + 20_000, agent.zero_state(1))
 
 
 def export(agent: Agent, args: Args, path: Path):
     """policy.onnx: raw observations to the deterministic action, with an LSTM also its state to the next one."""
-    agent, obs = agent.cpu(), torch.zeros(1, agent.policy_dim)
+    agent, obs = copy.deepcopy(agent).cpu(), torch.zeros(1, agent.policy_dim)
     if args.lstm:
         example, names = (obs, agent.zero_state(1)), (("obs", "state"), ("actions", "next_state"))
         checkpoint.export_onnx(agent, example, path, *names)
@@ -793,8 +802,6 @@ def evaluate_checkpoint(args: Args):
 if __name__ == "__main__":
     launcher_flags = []
     args = cli.parse_args(Args, PRESETS, default_preset=default_preset, unknown=launcher_flags)
-    if launcher_flags and is_gymnasium(args):
-        cli.parse_args(Args, PRESETS, default_preset=default_preset)  # names the nearest flag
     if args.resume or args.eval_only:
         cli.check(args.resume or args.model_path, "--eval-only needs --model-path, a checkpoint or a run's folder")
         flag = "--resume" if args.resume else "--model-path"
@@ -802,11 +809,14 @@ if __name__ == "__main__":
         saved = checkpoint.load(path, SCRIPT, "cpu", flag)["args"]
         if Path(path).parent.name == "checkpoints":  # a run goes on where it is, even if it was moved
             saved["log_dir"] = str(Path(path).parent.parent)
+        launcher_flags = []
         args = cli.parse_args(
             Args, saved={k: v for k, v in saved.items() if k not in NOT_SAVED}, unknown=launcher_flags
         )
         args.resume, args.model_path = (path, "") if args.resume else ("", path)
-    args.launcher_args = tuple(launcher_flags)
+    if launcher_flags and is_gymnasium(args):
+        cli.parse_args(Args, PRESETS, default_preset=default_preset)  # names the nearest flag
+    args.launcher_args = tuple(launcher_flags or args.launcher_args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ:  # torchrun

@@ -386,6 +386,7 @@ def main(args: Args):
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
         optimizer.step()
+        agent.actor_logstd.data.clamp_(agent.logstd_limits[0], agent.logstd_limits[1])  # beyond, it has no gradient
         return norm, ~finite
 
     if args.compile:
@@ -449,9 +450,8 @@ def main(args: Args):
             learning_rate.fill_(args.learning_rate * (1 - progress))
         if args.final_std:
             fraction = min(1.0, global_step / args.std_anneal_steps)
-            limit = math.log((1 - fraction) * args.init_std + fraction * args.final_std)
-            agent.logstd_limits[1] = limit
-            agent.actor_logstd.data.clamp_(max=limit)  # above the limit it would have no gradient
+            agent.logstd_limits[1] = math.log((1 - fraction) * args.init_std + fraction * args.final_std)
+            agent.actor_logstd.data.clamp_(max=agent.logstd_limits[1])
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):

@@ -234,7 +234,7 @@ def plot(stored: list[dict], games: list[str], path: Path):
     for ax in axes[len(games) :]:
         ax.set_axis_off()
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, columns), frameon=False)
     figure.supylabel("return of training episodes", fontsize=10)
     figure.savefig(path, dpi=110)
 

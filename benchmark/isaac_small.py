@@ -24,11 +24,11 @@ from common.envs.isaac_eval import evaluate
 SOLVED = 475.0
 SPEED = {"num_envs": 64, "num_steps": 32, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 1e-3}
 TASKS = {
-    "cartpole": {"env_id": "CartPole-v1", "total_timesteps": 200_000},
+    "cartpole": {"env_id": "CartPole-v1", "total_timesteps": 100_000},
     "speed": {"env_id": "CartPole-v1", "total_timesteps": 500_000} | SPEED,
-    "masked_lstm": {"env_id": "CartPoleMasked-v0", "total_timesteps": 500_000, "lstm": True},
-    "masked_mlp": {"env_id": "CartPoleMasked-v0", "total_timesteps": 500_000, "lstm": False},
-    "multidiscrete": {"env_id": "CartPoleMultiDiscrete-v0", "total_timesteps": 300_000},
+    "masked_lstm": {"env_id": "CartPoleMasked-v0", "total_timesteps": 400_000, "lstm": True},
+    "masked_mlp": {"env_id": "CartPoleMasked-v0", "total_timesteps": 400_000, "lstm": False},
+    "multidiscrete": {"env_id": "CartPoleMultiDiscrete-v0", "total_timesteps": 150_000},
 }
 NAMES = {
     "cartpole": "CartPole-v1",

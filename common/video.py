@@ -180,11 +180,13 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Pat
     writer = imageio_ffmpeg.write_frames(str(temporary), first.shape[1::-1], fps=fps, **ENCODING)
     try:
         writer.send(None)
-        for frame in (first, *frames):
+        writer.send(np.ascontiguousarray(first))
+        for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
         os.replace(temporary, path)
     finally:
+        writer.close()  # else ffmpeg would write the file after it was removed
         temporary.unlink(missing_ok=True)
     return path
 

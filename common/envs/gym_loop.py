@@ -30,7 +30,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def check_action_space(env_id: str, space) -> None:
     kind = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)
-    if not isinstance(space, kind) or (isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)):
+    fits = isinstance(space, kind) and (isinstance(space, spaces.Discrete) or len(space.shape) == 1)
+    if not fits or (isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)):
         raise ValueError(f"--env-id {env_id} has actions {space}; this takes Box of floats, Discrete and MultiDiscrete")
 
 

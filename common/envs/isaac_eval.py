@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import gymnasium as gym
 import torch
 
 from common.logger import mean_ci95
@@ -49,8 +50,13 @@ def record_video(policy, make_envs, path: Path, seed: int, state: torch.Tensor |
     if find_gl() is None:
         print(missing_gl_message())
         return None
-    envs = make_envs()
-    obs, _ = envs.reset(seed=seed)
+    try:
+        envs = make_envs()
+        obs, _ = envs.reset(seed=seed)
+        envs.render_frame()
+    except (ValueError, gym.error.Error) as error:
+        print(f"no video: {' '.join(str(error).split())}")
+        return None
     fps = envs.metadata.get("render_fps") or 30
     frames, done = [], False
     while not done and len(frames) < 10 * fps:
