@@ -34,7 +34,8 @@ from common.physics import resolve_backend
 SCRIPT = "ppo_continuous_isaac"
 # Settings of a run that its checkpoint does not pass on.
 NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "batch_size", "minibatch_size")
-# Every flag that differs from the defaults of Args, which are those of `mujoco`. The Isaac rows are rsl_rl's figures.
+# Every flag that differs from the defaults of Args, which are those of `mujoco`. The rows of Isaac Lab and
+# mjlab are their own for rsl_rl.
 ISAAC = dict(
     num_envs=4096,
     num_steps=32,
@@ -73,6 +74,8 @@ PRESETS = {
     ),
     "isaac-cartpole": ISAAC
     | dict(num_steps=16, num_iterations=150, learning_rate=1e-3, ent_coef=0.005, hidden=(32, 32), norm_obs=False),
+    "mjlab-cartpole": ISAAC
+    | dict(num_iterations=500, learning_rate=1e-3, ent_coef=0.01, hidden=(64, 64), norm_obs=False),
     "isaac-ant": ISAAC | dict(learning_rate=5e-4, hidden=(400, 200, 100), norm_obs=False),
     "isaac-humanoid": ISAAC | dict(learning_rate=1e-4, desired_kl=0.008, hidden=(400, 200, 100)),
     "isaac": ISAAC | dict(num_steps=24, learning_rate=1e-3, ent_coef=0.005, hidden=(512, 256, 128)),
@@ -80,7 +83,7 @@ PRESETS = {
 # `--preset auto` takes the first that matches the id of the task.
 TASKS = {
     "Isaac*Cartpole*": "isaac-cartpole",
-    "Mjlab*Cartpole*": "isaac-cartpole",
+    "Mjlab*Cartpole*": "mjlab-cartpole",
     "Isaac*Ant*": "isaac-ant",
     "Isaac*Humanoid*": "isaac-humanoid",
     "Isaac*": "isaac",

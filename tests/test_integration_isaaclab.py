@@ -6,6 +6,7 @@ A process can hold one simulation, so each test runs this file as a program, whi
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def isaaclab():
 def run(folder, *words):
     """What the program part of this file saved, run with `words`."""
     command = [sys.executable, __file__, str(folder / "saved.pt"), *map(str, words)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return torch.load(folder / "saved.pt")
 
 
