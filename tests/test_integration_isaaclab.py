@@ -49,7 +49,7 @@ def test_episodes_end_with_their_true_last_observation_and_begin_anew_in_the_sam
     assert terminated.any(0).all()
     fallen, anew = final[terminated], obs[terminated]
     assert ((fallen[:, 0].abs() > math.pi / 2) | (fallen[:, 2].abs() > 3)).all()
-    assert (anew[:, 0].abs() <= 0.125 * math.pi + 1e-3).all() and (anew[:, 1:].abs() < 0.5).all()
+    assert (anew[:, 0].abs() <= 0.25 * math.pi + 1e-3).all() and (anew[:, 1:].abs() < 0.5).all()
     done = terminated | truncated
     assert torch.equal(obs[~done], final[~done])
 
