@@ -1,6 +1,7 @@
 """Ranks: one process per GPU under torchrun, or several forked processes that share a CPU's cores."""
 
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -71,9 +72,12 @@ def gather(state: dict) -> list[dict]:
     """Every rank's `state`, on rank 0 (elsewhere an empty list)."""
     if not dist.is_initialized():
         return [state]
+    # Tensors pickled without torch.save lose dtypes such as uint64.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     states = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(state, states)
-    return states or []
+    dist.gather_object(buffer.getvalue(), states)
+    return [torch.load(io.BytesIO(state), weights_only=True) for state in states or []]
 
 
 def keep_freed_memory():

@@ -196,6 +196,18 @@ def test_a_run_of_two_ranks_resumes_exactly(finished, tmp_path):
     assert len(a["ranks"]) == 2 and differences(a, b) == []
 
 
+def test_the_state_of_mujoco_travels_between_ranks(tmp_path):
+    """It has arrays of types that torch's pickle, as `gather_object` uses it, cannot read back."""
+    flags = [*TINY, "--env-id", "Hopper-v5", "--ranks", 2, "--log-dir", tmp_path, "--total-timesteps", 192]
+    finish(start(*flags))
+    states = checkpoint.load(tmp_path / "checkpoints" / "model_3.pt", ppo.SCRIPT)["ranks"]
+    physics = [[env["physics"] for env in state["envs"]["envs"]] for state in states]
+    assert [len(envs) for envs in physics] == [2, 2] and not torch.equal(physics[0][0], physics[1][0])
+    begin = tmp_path / "checkpoints" / "model_3.pt"
+    finish(start("--resume", begin, "--log-dir", tmp_path / "more", "--ranks", 2, "--total-timesteps", 384))
+    assert (tmp_path / "more" / "checkpoints" / "model_6.pt").exists()
+
+
 def test_resume_goes_on_in_the_same_folder_to_more_steps(tmp_path, capsys):
     assert run(*TINY, "--total-timesteps", 128, "--hidden", 9, "--log-dir", tmp_path / "old") == 0
     (tmp_path / "old").rename(tmp_path / "new")
