@@ -17,6 +17,9 @@ $PY benchmark/go2_reference.py --minutes 60                          # 75 min
 $PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min
 $PY benchmark/isaac_speed.py ${CLEANRL:+--cleanrl "$CLEANRL"} ${SB3:+--sb3 "$SB3"}                    # 60 min
 $PY benchmark/gym_mujoco.py --seeds 1 2 3 --headline-seeds 1 2 3 4 5 ${CLEANRL:+--cleanrl "$CLEANRL"} # 4 h
+if [ -n "$ISAAC_PYTHON" ]; then  # the Python of an environment with Isaac Lab 3.x, docs/isaac.md
+    $ISAAC_PYTHON benchmark/isaac_kitless.py --seeds 1 2 3           # 10 min
+fi
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU
 fi
