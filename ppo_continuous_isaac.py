@@ -165,7 +165,8 @@ class Args(cli.RunArgs):
     """smallest standard deviation"""
 
     ranks: int = 0
-    """processes that share the environments on a CPU (0: one per core for Gymnasium, else one); on GPUs use torchrun"""
+    """processes that share the environments on a CPU (0: one per core for Gymnasium with few updates, else one); on GPUs
+    use torchrun"""
     compile: bool = False
     """torch.compile the policy step and the update"""
     cuda_graphs: bool = False
@@ -825,7 +826,9 @@ if __name__ == "__main__":
     if "WORLD_SIZE" in os.environ:  # torchrun
         args.ranks = int(os.environ["WORLD_SIZE"])
     if not args.ranks:
-        alone = args.device != "cpu" or args.eval_only or not is_gymnasium(args)
+        # Ranks meet at every update, which costs about a millisecond: they pay where updates are far apart.
+        steps_per_update = args.num_envs * args.num_steps / max(1, args.update_epochs * args.num_minibatches)
+        alone = args.device != "cpu" or args.eval_only or not is_gymnasium(args) or steps_per_update < 100
         args.ranks = 1 if alone else math.gcd(distributed.num_cores(), args.num_envs)
     if args.num_iterations and args.total_timesteps:
         unused = "num_iterations" if "num_iterations" in PRESETS[args.preset] else "total_timesteps"

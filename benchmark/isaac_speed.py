@@ -9,8 +9,8 @@ of iteration `--warm-up` to the end of the last one, so imports, compilation and
 and CleanRL's are read from the wall times of their TensorBoard entries; the other two are timed in isaac_peers.py.
 
 Every peer runs as it does by default and with one thread (OMP_NUM_THREADS=1), Stable-Baselines3 also with environments
-in subprocesses; the variant with the better median is the one that ours is compared with. Ours runs with one rank per
-core, and with one; with and without --compile. CleanRL's script is a file of yours, as is the folder of
+in subprocesses; the variant with the better median is the one that ours is compared with. Ours runs as by default, with
+--compile, and with two ranks. CleanRL's script is a file of yours, as is the folder of
 `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`, where it is not installed. A peer that is
 not there is left out.
 """
@@ -25,12 +25,7 @@ import isaac_peers
 import tools
 
 BATCH_SIZE = 2048
-OURS = {
-    "ours": [],
-    "ours_one_rank": ["--ranks", 1],
-    "ours_compile": ["--compile"],
-    "ours_compile_one_rank": ["--compile", "--ranks", 1],
-}
+OURS = {"ours": [], "ours_compile": ["--compile"], "ours_two_ranks": ["--ranks", 2]}
 PEERS = {
     "cleanrl": ["cleanrl", "cleanrl_one_thread"],
     "sb3": ["sb3", "sb3_one_thread", "sb3_subprocesses"],
@@ -73,8 +68,8 @@ def measure(side: str, num_envs: int, run_dir: Path, script: Path | None, args) 
 
 
 def compare(num_envs: int, folder: Path, script: Path | None, args) -> dict:
-    # With one environment there is one rank anyway, and nothing for subprocesses to do in parallel.
-    alone = ("ours_one_rank", "ours_compile_one_rank", "sb3_subprocesses") if num_envs == 1 else ()
+    # With one environment there is nothing for two processes to do in parallel.
+    alone = ("ours_two_ranks", "sb3_subprocesses") if num_envs == 1 else ()
     sides = [side for side in [*OURS, *sum(PEERS.values(), [])] if side not in alone]
     sides = [side for side in sides if not args.sides or side in args.sides]
     missing = [] if script else ["cleanrl"]
