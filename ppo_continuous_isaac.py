@@ -4,6 +4,10 @@
     python ppo_continuous_isaac.py --env-id Isaac-Cartpole-Direct --num-envs 4096 --physics newton_mjwarp
     python ppo_continuous_isaac.py --env-id CartPoleMasked-v0 --lstm
 
+Measured on 2 CPU cores, no GPU (docs/isaac.md, benchmark/results/gym_mujoco.json and isaac_small.json), seeds 1 to 3: 1M
+steps of HalfCheetah-v4, Hopper-v4 and Walker2d-v4 end at mean training returns of 1704, 2763 and 3857 and take 3 to 6
+minutes each; CartPole-v1 is solved after 10 s, CartPoleMasked-v0 with the LSTM after about a minute.
+
 Flags that this script does not know go to Isaac Lab's launcher. Of the 37 details, those of Atari games (14-22) have no
 place here; docs/details.md gives the reason for each.
 """
@@ -165,8 +169,7 @@ class Args(cli.RunArgs):
     """smallest standard deviation"""
 
     ranks: int = 0
-    """processes that share the environments on a CPU (0: one per core for Gymnasium with few updates, else one); on GPUs
-    use torchrun"""
+    """processes that share the environments on a CPU (0: one per core for Gymnasium if updates are rare, else one)"""
     compile: bool = False
     """torch.compile the policy step and the update"""
     cuda_graphs: bool = False
