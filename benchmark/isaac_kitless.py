@@ -68,7 +68,8 @@ def train_rsl_rl(args) -> dict:
     runner.learn(args.iterations, init_at_random_ep_len=True)
     steps = args.iterations * preset.num_steps * args.num_envs
     rate, policy = steps / (time.time() - began), runner.get_inference_policy("cpu")
-    result = evaluate(lambda obs: policy(TensorDict({"policy": obs}, [len(obs)])), envs, args.num_envs, EVAL_SEED)
+    with torch.inference_mode():  # as `learn` was, whose tensors the simulator now holds
+        result = evaluate(lambda obs: policy(TensorDict({"policy": obs}, [len(obs)])), envs, args.num_envs, EVAL_SEED)
     return {"SPS": rate, "global_step": steps} | {k: result[k] for k in ("mean_return", "return_ci95", "mean_length")}
 
 
