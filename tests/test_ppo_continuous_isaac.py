@@ -1087,7 +1087,7 @@ def test_export_leaves_the_policy_on_its_device(tmp_path, monkeypatch):
         ("CartPoleMultiDiscrete-v0", "classic"),
         ("CartPoleMasked-v0", "memory"),
         ("Isaac-Cartpole-Direct", "isaac-cartpole"),
-        ("Mjlab-Cartpole-Balance", "isaac-cartpole"),
+        ("Mjlab-Cartpole-Balance", "mjlab-cartpole"),
         ("Isaac-Ant-v0", "isaac-ant"),
         ("Isaac-Humanoid-Direct-v0", "isaac-humanoid"),
         ("Isaac-Velocity-Flat-Unitree-Go2-v0", "isaac"),
