@@ -6,7 +6,7 @@
 
 Measured on 2 CPU cores without a GPU, seeds 1 to 3 (docs/isaac.md; gym_mujoco.json and isaac_small.json in
 benchmark/results): 1M steps of HalfCheetah-v4, Hopper-v4 and Walker2d-v4 end at mean training returns of 1704, 2763 and
-3857, in 3 to 6 minutes each; CartPole-v1 is solved after 10 s, CartPoleMasked-v0 with the LSTM after about a minute.
+3857, in 4 to 8 minutes each; CartPole-v1 is solved after 10 s, CartPoleMasked-v0 with the LSTM after about a minute.
 
 Flags that this script does not know go to Isaac Lab's launcher. Of the 37 details, those of Atari games (14-22) have no
 place here; docs/details.md gives the reason for each.
@@ -258,11 +258,8 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args: Args):
         super().__init__()
-        self.obs_dim, self.policy_dim, self.critic_dim = (
-            envs.single_observation_space.shape[0],
-            envs.policy_dim,
-            envs.critic_dim,
-        )
+        self.obs_dim = envs.single_observation_space.shape[0]
+        self.policy_dim, self.critic_dim = envs.policy_dim, envs.critic_dim
         space = envs.single_action_space
         # Sizes of the discrete components; None for continuous actions.
         self.nvec = None
@@ -666,10 +663,9 @@ def main(args: Args):
                 mb_advantages = (mb_advantages - mean[:, None]) / (std[:, None] + 1e-8)
                 minibatches[4] = mb_advantages.view_as(minibatches[4])
             if args.lstm:  # detail 36: the states are rebuilt from those at the start of the rollout
-                memory = split(initial_state, b_inds), split(starts, b_inds)
-                minibatches += memory
-            for obs_, *others in zip(*minibatches, strict=True):
-                stats = accumulate_gradients(obs_, *others[:6], old_std, *others[6:])
+                minibatches += split(initial_state, b_inds), split(starts, b_inds)
+            for minibatch in zip(*minibatches, strict=True):
+                stats = accumulate_gradients(*minibatch[:7], old_std, *minibatch[7:])
                 if world_size > 1:
                     dist.all_reduce(flat_grad)
                 grad_norm, not_finite = apply_gradients()

@@ -152,7 +152,8 @@ def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """The most similar of `names`, of which there must be one."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
@@ -182,8 +183,8 @@ def _read_flags(argv: list[str], hints: dict, aliases: dict, unknown: list[str] 
             unknown.append(word)
             continue
         if field not in hints:
-            nearest = _flag(_nearest(name, [*hints, *aliases]))
-            fail(f"unknown flag {flag}; the nearest one is {nearest}, and --help lists all")
+            similar = _flag(nearest(name, [*hints, *aliases]))
+            fail(f"unknown flag {flag}; the nearest one is {similar}, and --help lists all")
         given[field] = values
     return given
 
@@ -202,9 +203,7 @@ def _read_yaml(path: str, hints: dict, aliases: dict) -> dict[str, list[str]]:
         name = str(key).replace("-", "_")
         field = aliases.get(name, name)
         if field not in hints:
-            fail(
-                f"--config got {path!r} with the unknown key {key!r}; the nearest valid key is {_nearest(name, hints)}"
-            )
+            fail(f"--config got {path!r} with the unknown key {key!r}; the nearest valid key is {nearest(name, hints)}")
         given[field] = [str(v) for v in value] if isinstance(value, list) else [str(value)]
     return given
 

@@ -4,7 +4,6 @@ of CartPoles under one MultiDiscrete action. `common/envs/isaac.py` has the `mak
 
 import contextlib
 import copy
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -17,15 +16,16 @@ from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from common.cli import nearest
+
 FLAT_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 # --- what every environment here shares
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f"; the nearest is {found[0]}" if found else ""
+def suggestion(env_id: str, ids: Iterable[str]) -> str:
+    return f"; the nearest is {nearest(env_id, ids)}" if ids else ""
 
 
 def check_action_space(env_id: str, space) -> None:
@@ -78,7 +78,7 @@ class GymnasiumEnv(VectorEnv):
         except (gym.error.DependencyNotInstalled, ImportError) as error:
             raise ValueError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
         except gym.error.UnregisteredEnv:
-            raise ValueError(f"--env-id: there is no {env_id!r}{nearest(env_id, gym.registry)}") from None
+            raise ValueError(f"--env-id: there is no {env_id!r}{suggestion(env_id, gym.registry)}") from None
         except (gym.error.Error, TypeError) as error:
             raise ValueError(f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
         finally:

@@ -20,7 +20,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, nearest, set_spaces
+from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, set_spaces, suggestion
 
 # Tasks whose environments must all end at the same step, because their reset moves every robot of the scene.
 SYNCHRONOUS = ("Factory", "Forge", "AutoMate")
@@ -301,7 +301,7 @@ def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, ma
     except ImportError as error:
         raise ValueError(f"--env-id {env_id}: {INSTALL['mjlab'].format(error)}") from None
     if env_id not in list_tasks():
-        raise ValueError(f"--env-id: there is no {env_id!r}{nearest(env_id, list_tasks())}")
+        raise ValueError(f"--env-id: there is no {env_id!r}{suggestion(env_id, list_tasks())}")
     cfg = load_env_cfg(env_id)
     cfg.scene.num_envs, cfg.seed, cfg.auto_reset = num_envs, seed, not compute_final_obs
     if video_dir:
@@ -332,7 +332,7 @@ def _isaac_config(env_id, num_envs, device, seed, physics, compute_final_obs, wi
     importlib.import_module("isaaclab_tasks")  # registers them
     if env_id not in gym.registry:
         tasks = [name for name in gym.registry if name.startswith("Isaac")]
-        raise ValueError(f"--env-id: there is no {env_id!r} in this Isaac Lab{nearest(env_id, tasks)}")
+        raise ValueError(f"--env-id: there is no {env_id!r} in this Isaac Lab{suggestion(env_id, tasks)}")
     parse = importlib.import_module("isaaclab_tasks.utils.parse_cfg")
     cfg = parse.load_cfg_from_registry(env_id, "env_cfg_entry_point")
     if with_presets:
