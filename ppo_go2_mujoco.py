@@ -55,6 +55,7 @@ PRESETS = {
         init_std=1.0,
         final_std=0.0,
         min_std=0.01,
+        mirror=False,
         norm_obs=False,
         rewards="reference",
         kp=20.0,
@@ -117,6 +118,8 @@ class Args(cli.RunArgs, Go2Config):
     """largest norm of the gradient"""
     target_kl: float = 0.0
     """end the epochs of an iteration when the KL divergence passes this (0: never)"""
+    mirror: bool = True
+    """half of the robots learn from their experience with left and right exchanged"""
     norm_obs: bool = True
     """normalise observations by running statistics and clip them at 10"""
     hidden: tuple[int, ...] = (256, 128, 64)
@@ -219,15 +222,16 @@ class Agent(nn.Module):
     def sample(self, mean):  # detail 23: Gaussian actions
         return mean + self.std() * torch.randn_like(mean)
 
+    def log_prob(self, mean, action):  # detail 25: independent components, so log-probabilities and entropies add up
+        std = self.std()
+        return (-0.5 * ((action - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(1)
+
     def get_action_and_value(self, obs, action=None):
-        mean, std = self.get_mean(obs), self.std()
+        mean = self.get_mean(obs)
         if action is None:
             action = self.sample(mean)
-        c = 0.5 * math.log(2 * math.pi)
-        # detail 25: independent components, so log-probabilities and entropies add up
-        logprob = (-0.5 * ((action - mean) / std).square() - std.log() - c).sum(1)
-        entropy = (std.log() + c + 0.5).sum().expand_as(logprob)
-        return action, logprob, entropy, self.get_value(obs), mean
+        entropy = (self.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(obs))
+        return action, self.log_prob(mean, action), entropy, self.get_value(obs), mean
 
     def forward(self, obs):
         """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
@@ -470,12 +474,21 @@ def main(args: Args):
 
         # --- bootstrap and advantages
         with torch.no_grad():
+            b_means = agent.get_mean(agent.normalise(obs.view(-1, obs_dim)))
+            b_logprobs = agent.log_prob(b_means, actions.view(-1, action_dim))
+            last_obs = next_obs
+            if args.mirror:  # Mittal et al. 2024 (arXiv 2403.04359); the log-probabilities stay those of the sampling
+                half = torch.rand(N, 1, device=device) < 0.5
+                seen = obs, final_obs, next_obs
+                obs, final_obs, last_obs = (torch.where(half, envs.mirror_obs(x), x) for x in seen)
+                actions = torch.where(half, envs.mirror_actions(actions), actions)
+                b_means = agent.get_mean(agent.normalise(obs.view(-1, obs_dim)))
             b_obs, b_actions = agent.normalise(obs.view(-1, obs_dim)), actions.view(-1, action_dim)
-            _, b_logprobs, _, b_values, b_means = agent.get_action_and_value(b_obs, b_actions)
+            b_values = agent.get_value(b_obs)
             # A time limit is no failure: its reward includes the value of the true last observation.
             limits = truncations.nonzero(as_tuple=True)
             rewards[limits] += gamma * agent.get_value(agent.normalise(final_obs[limits]))
-            next_value = agent.get_value(agent.normalise(next_obs))
+            next_value = agent.get_value(agent.normalise(last_obs))
             advantages = compute_gae(rewards, b_values.view(T, N), dones, next_value, gamma, args.gae_lambda)
             b_advantages = advantages.view(-1)
             b_returns = b_advantages + b_values

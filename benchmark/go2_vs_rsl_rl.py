@@ -4,10 +4,10 @@
 
 Both get the same flags: robots, steps, epochs, minibatches, network, precision, gamma, lambda, clipping, desired KL,
 entropy, initial standard deviation, rewards; benchmark/rsl_rl_go2.py lists what stays different. Speed: whole training
-(rollout, update, logging), environment steps per second as each side measures its own loop, imports left out; in turn,
-each in a process of its own, each with all cores in the way it uses them by default. Ours runs two ranks on two cores;
-one rank is shown for information. Quality: every policy is evaluated by our `evaluate`. Flags this script does not
-know go to both sides.
+(rollout, update, logging) in environment steps per second, the iterations up to --warm-up left out; in turn, each in a
+process of its own, each with all cores in the way it uses them by default, which is two ranks on two cores for ours.
+Both run with and without --compile, which is rsl_rl's torch_compile_mode. Quality: every policy is evaluated by our
+`evaluate`. Flags this script does not know go to both sides.
 """
 
 import importlib.metadata
@@ -33,19 +33,24 @@ def train(script: str, run_dir: Path, flags: list) -> dict:
 
 def compare_speed(folder: Path, flags: list, precision: str, hidden: str, args) -> dict:
     flags = [*flags, "--precision", precision, "--hidden", *hidden.split(","), "--seed", 1]
-    flags += ["--num-iterations", args.speed_iterations, "--checkpoint-interval", args.speed_iterations]
-    sides = {"ours": (OURS, []), "rsl_rl": (PEER, []), "ours_one_rank": (OURS, ["--ranks", 1])}
+    flags += ["--num-iterations", args.speed_iterations, "--checkpoint-interval", args.warm_up]
+    flags += ["--log-interval", args.warm_up]
+    sides = {"ours": (OURS, []), "rsl_rl": (PEER, [])}
+    sides |= {"ours_compile": (OURS, ["--compile"]), "rsl_rl_compile": (PEER, ["--compile"])}
     rates = {side: [] for side in sides}
     for pair in range(args.pairs):
         for side, (script, extra) in sides.items():
-            if side == "ours_one_rank" and pair >= 2:
-                continue
             run_dir = folder / f"speed_{precision}_{hidden.replace(',', '_')}_{pair}_{side}"
-            rates[side].append(train(script, run_dir, [*flags, *extra])["SPS"])
+            summary = train(script, run_dir, [*flags, *extra])
+            warm_up_steps = args.warm_up * summary["global_step"] // args.speed_iterations
+            ours = script == OURS
+            rates[side].append(tools.logged_rate(run_dir, warm_up_steps) if ours else summary["SPS_after_warm_up"])
             print(f"{precision}, {hidden}, {side}: {rates[side][-1]:,.0f} steps/s", flush=True)
-    ratios = [ours / peer for ours, peer in zip(rates["ours"], rates["rsl_rl"], strict=True)]
-    print(f"{precision}, {hidden}: {tools.median(ratios):.2f} times rsl_rl", flush=True)
-    result = {"precision": precision, "hidden": hidden, "ratio": tools.spread(ratios)}
+    ratios = {}
+    for a, b in (("ours", "rsl_rl"), ("ours_compile", "rsl_rl"), ("ours_compile", "rsl_rl_compile")):
+        ratios[f"{a} / {b}"] = tools.spread(x / y for x, y in zip(rates[a], rates[b], strict=True))
+        print(f"{precision}, {hidden}: {a} {ratios[f'{a} / {b}']['median']:.2f} times {b}", flush=True)
+    result = {"precision": precision, "hidden": hidden, "ratio": ratios}
     return result | {"steps_per_second": {side: tools.spread(values) for side, values in rates.items()}}
 
 
@@ -99,6 +104,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the comparison of policies")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each side per speed comparison")
     parser.add_argument("--speed-iterations", type=int, default=40, help="iterations of such a run")
+    parser.add_argument("--warm-up", type=int, default=10, help="of which so many are not timed")
     parser.add_argument("--networks", nargs="+", default=["256,128,64"], help="hidden layers; the first one learns")
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], help="of the speed comparison")
     parser.add_argument("--quality-precision", default="float32")

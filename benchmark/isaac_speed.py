@@ -33,15 +33,6 @@ PEERS = {
 }
 
 
-def logged_rate(folder: Path, warm_up: int) -> float:
-    """Steps per second between the TensorBoard entries of iteration `warm_up` and of the last one."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
-    first, last = next(e for e in events if e.step >= warm_up * BATCH_SIZE), events[-1]
-    return (last.step - first.step) / (last.wall_time - first.wall_time)
-
-
 def measure(side: str, num_envs: int, run_dir: Path, script: Path | None, args) -> float:
     """Steps per second of one run."""
     log, one_thread = run_dir.with_suffix(".log"), side.endswith(("one_thread", "subprocesses"))
@@ -54,11 +45,11 @@ def measure(side: str, num_envs: int, run_dir: Path, script: Path | None, args) 
         flags += ["--log-interval", args.warm_up, "--checkpoint-interval", args.iterations, "--log-dir", run_dir]
         flags += ["--eval-episodes", 1, "--no-save-video", "--device", "cpu", *OURS[side]]
         tools.finish(tools.start("ppo_continuous_isaac.py", flags, log, **popen), log)
-        return logged_rate(run_dir, args.warm_up)
+        return tools.logged_rate(run_dir, args.warm_up * BATCH_SIZE)
     if side.startswith("cleanrl"):
         flags += ["--total-timesteps", args.iterations * BATCH_SIZE, "--no-cuda"]
         tools.finish(tools.start(script, flags, log, cwd=run_dir, **popen), log)
-        return logged_rate(next(run_dir.glob("runs/*")), args.warm_up)
+        return tools.logged_rate(next(run_dir.glob("runs/*")), args.warm_up * BATCH_SIZE)
     flags += ["--iterations", args.iterations, "--warm-up", args.warm_up, "--log-dir", run_dir]
     flags += ["--subprocesses"] if side == "sb3_subprocesses" else []
     flags += ["--sb3", args.sb3.resolve()] if side.startswith("sb3") and args.sb3 else []

@@ -2,9 +2,10 @@
 
     python benchmark/rsl_rl_go2.py --seed 1 --num-iterations 120 --checkpoint-interval 40 --log-dir runs/peer
 
-Leaves `checkpoints/model_{iteration}.pt` (TorchScript, raw observations to mean actions) and `summary.json`. One
-process, with torch's default threads and physics on all cores. Its writer is off, which also spares it the episode
-statistics that ours keeps. What stays different, because rsl_rl has no such setting or has it built in:
+Leaves `checkpoints/model_{iteration}.pt` (TorchScript, raw observations to mean actions) and `summary.json`, whose
+SPS_after_warm_up leaves out the iterations up to the first checkpoint, and with them compilation. One process, with
+torch's default threads and physics on all cores. Its writer is off, which also spares it the episode statistics that
+ours keeps. What stays different, because rsl_rl has no such setting or has it built in:
 
 - the standard deviation is learned freely (ours is also bounded from above, falling to --final-std),
 - a time limit is bootstrapped with V(s_t), ours with V(s_t+1) of the true last observation,
@@ -59,6 +60,7 @@ def runner_config(args: ppo.Args) -> dict:
     return {
         "num_steps_per_env": args.num_steps,
         "save_interval": 0,  # read only with a writer
+        "torch_compile_mode": "default" if args.compile else None,  # of actor and critic
         "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
         "actor": model | {"distribution_cfg": gaussian},
         "critic": model,
@@ -93,19 +95,22 @@ def main():
     env = Adapter(Go2Env(args.num_envs, "cpu", args.seed, **ppo.env_config(args)), args.seed)
     runner = runners.OnPolicyRunner(env, runner_config(args), log_dir=None, device="cpu")
     iterations = -(-args.total_timesteps // (args.num_envs * args.num_steps)) or args.num_iterations
-    done, seconds = 0, 0.0
+    done, seconds, warm_up = 0, 0.0, None
     while done < iterations:
         chunk = min(args.checkpoint_interval, iterations - done)
         began = time.time()
         runner.learn(chunk)
         seconds += time.time() - began
         done += chunk
+        warm_up = warm_up or (done, seconds)
         runner.export_policy_to_jit(str(run_dir / "checkpoints"), f"model_{done}.pt")
         steps = done * args.num_envs * args.num_steps
         std = runner.alg.get_policy().output_std.mean().item()
         print(f"iteration {done}: {steps:,} steps, {steps / seconds:,.0f} per second, action std {std:.3f}", flush=True)
     finite = all(p.isfinite().all() for p in runner.alg.get_policy().parameters())
     summary = {"iterations": done, "global_step": steps, "wall_seconds": seconds, "SPS": steps / seconds}
+    if done > warm_up[0]:
+        summary["SPS_after_warm_up"] = (done - warm_up[0]) * args.num_envs * args.num_steps / (seconds - warm_up[1])
     summary |= {"torch_threads": torch.get_num_threads(), "finite": finite, "peak_memory_mb": peak_memory_mb()}
     write_json(run_dir / "summary.json", summary)
 

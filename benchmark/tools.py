@@ -65,6 +65,15 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem.split("_")[1]), path) for path in found)
 
 
+def logged_rate(folder: Path, warm_up_steps: int) -> float:
+    """Steps per second between the TensorBoard entries of step `warm_up_steps` and of the last one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
+    first, last = next(e for e in events if e.step >= warm_up_steps), events[-1]
+    return (last.step - first.step) / (last.wall_time - first.wall_time)
+
+
 def load_policy(path: Path) -> tuple[torch.nn.Module, dict, dict]:
     """(deterministic policy, its environment's settings, the whole checkpoint)."""
     state = checkpoint.load(path, ppo.SCRIPT, "cpu")

@@ -28,6 +28,7 @@ from common.logger import to_numbers
 ROOT = Path(__file__).parent.parent
 TINY = dict(device="cpu", precision="float32", ranks=1, hidden=(16, 16), log_interval=1, checkpoint_interval=1000)
 TINY |= dict(num_envs=4, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, episode_seconds=1.0)
+TINY |= dict(mirror=False)
 
 
 class SilentLogger:
@@ -84,6 +85,12 @@ class ScriptedEnv:
         zero = torch.zeros(self.num_envs)
         info = {"final_obs": final_obs, "_episode": done, "episode": {"r": zero, "l": zero}}
         return next_obs, reward.clone(), terminated, truncated, info
+
+    def mirror_obs(self, obs):
+        return -obs
+
+    def mirror_actions(self, actions):
+        return -actions
 
     def state_dict(self):
         return {}
@@ -185,6 +192,36 @@ def test_main_bootstraps_time_limits_with_the_true_last_observation(run_main, mi
         np.testing.assert_allclose(minibatch.advantages[match], expected.ravel(), atol=1e-5)
         np.testing.assert_allclose(minibatch.returns[match], (expected + values).ravel(), atol=1e-5)
         np.testing.assert_allclose(minibatch.values[match], values.ravel(), atol=1e-6)
+
+
+def test_mirror_exchanges_the_sides_of_whole_trajectories(run_main, minibatches, monkeypatch):
+    """About half of the robots: observations, actions, means, values and bootstrapped values are the mirror's, rewards
+    and log-probabilities those of what happened.
+    """
+    monkeypatch.setattr(ppo, "Go2Env", ScriptedEnv)
+    settings = dict(num_envs=6, norm_adv=False, norm_obs=False, num_iterations=1, gamma=0.9, gae_lambda=0.8)
+    run_main(**settings, mirror=True)
+    (minibatch,), agent = minibatches, minibatches[0].agent
+    kept = {name: torch.stack([step[name] for step in ScriptedEnv.kept]) for name in ScriptedEnv.kept[0]}
+    plain, mirror = (
+        (side * kept["obs"].view(-1, 1, 5) == minibatch.obs).all(2) for side in (1, -1)
+    )  # (all samples in order, those of the minibatch)
+    mirrored = mirror.any(1).view(8, 6)
+    assert torch.equal(mirrored, mirrored[:1].expand(8, 6)) and 0 < mirrored[0].sum() < 6
+    match = (plain | mirror).float().argmax(1)
+    assert sorted(match.tolist()) == list(range(48))
+    sign = torch.where(mirrored, -1.0, 1.0)[..., None]
+    with torch.no_grad():
+        happened = agent.log_prob(agent.get_mean(kept["obs"].view(-1, 5)), sign.view(-1, 1) * minibatch.actions[match])
+        values, final_values = agent.get_value(sign * kept["obs"]), agent.get_value(sign * kept["final_obs"])
+        means = agent.get_mean(sign.view(-1, 1) * kept["obs"].view(-1, 5))
+    torch.testing.assert_close(minibatch.logprobs[match], happened)
+    torch.testing.assert_close(minibatch.means[match], means)
+    terminated, truncated = kept["terminated"].numpy(), kept["truncated"].numpy()
+    next_values = np.where(terminated, 0.0, final_values.numpy())
+    rewards = kept["reward"].double().numpy()
+    expected = advantages_by_definition(rewards, values.numpy(), next_values, terminated | truncated, 0.9, 0.8)
+    np.testing.assert_allclose(minibatch.advantages[match], expected.ravel(), atol=1e-5)
 
 
 def test_main_normalises_advantages_per_minibatch(run_main, minibatches):

@@ -15,6 +15,8 @@ from common.physics import BatchedMujoco, resolve_backend
 
 ASSET = Path(__file__).parent.parent / "assets" / "go2.xml"
 LEGS = ("FR", "FL", "RR", "RL")
+# Left and right exchanged: legs change places, and of their joints' angles the hip's changes its sign.
+MIRRORED_JOINTS, MIRRORED_SIGNS = (3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8), (-1.0, 1.0, 1.0) * 4
 JOINTS = tuple(f"{leg}_{part}_joint" for leg in LEGS for part in ("hip", "thigh", "calf"))
 DEFAULT_POSE = (0.0, 0.8, -1.5, 0.0, 0.8, -1.5, 0.0, 1.0, -1.5, 0.0, 1.0, -1.5)  # rad, Genesis go2_train.py
 TORQUE_LIMITS = (23.7, 23.7, 45.43) * 4  # Nm, Unitree's published Go2 description
@@ -278,6 +280,19 @@ class Go2Env(VectorEnv):
         noise += (NOISE[1] * ANG_VEL_SCALE,) * 3 + (NOISE[2],) * 3 + (0.0,) * len(names)
         noise += (NOISE[3],) * 12 + (NOISE[4] * DOF_VEL_SCALE,) * 12 + (0.0,) * 12
         self._noise = self._tensor(noise) * cfg.observation_noise
+        mirror = [((0, 1, 2), (1.0, -1.0, 1.0))] if cfg.observation == "full" else []
+        mirror += [
+            ((0, 1, 2), (-1.0, 1.0, -1.0)),
+            ((0, 1, 2), (1.0, -1.0, 1.0)),
+        ]  # a rotation, a vector
+        mirror += [(range(len(names)), (1.0, -1.0, -1.0, 1.0, 1.0)[: len(names)])]
+        mirror += [(MIRRORED_JOINTS, MIRRORED_SIGNS)] * 3
+        order, signs = [], []
+        for part_order, part_signs in mirror * cfg.history:
+            order += [len(signs) + i for i in part_order]
+            signs += part_signs
+        self._mirrored_obs = torch.tensor(order, device=self.device), self._tensor(signs)
+        self._mirrored_actions = torch.tensor(MIRRORED_JOINTS, device=self.device), self._tensor(MIRRORED_SIGNS)
         self.weights = self._reward_weights()
         self.max_episode_length = math.ceil(cfg.episode_seconds / CONTROL_DT)
 
@@ -389,6 +404,16 @@ class Go2Env(VectorEnv):
             self._read_state()
             obs = self._observe(done, refresh=True)
         return obs, reward, terminated, truncated, info
+
+    def mirror_obs(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations (..., obs_dim) with left and right exchanged: robot and task are symmetric."""
+        order, signs = self._mirrored_obs
+        return obs[..., order] * signs
+
+    def mirror_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        """Actions (..., 12) with left and right exchanged."""
+        order, signs = self._mirrored_actions
+        return actions[..., order] * signs
 
     @property
     def metric_names(self) -> tuple[str, ...]:
