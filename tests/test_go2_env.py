@@ -701,7 +701,7 @@ def test_fixed_commands():
 
 def test_jump_rate():
     """Jumps begin at the configured rate, wherever none is under way."""
-    env = freeze(make(2000, commands="full", jump_interval=2.0, resample_seconds=20.0))
+    env = freeze(make(2000, commands="full", jump_interval=2.0, jump_tracking=math.inf, resample_seconds=20.0))
     begun = free = 0
     for _ in range(60):
         idle = env.jump_time < 0
@@ -716,9 +716,19 @@ def test_jump_rate():
     assert jumps.numel() and begun > 500
 
 
+def test_only_who_tracks_is_told_to_jump():
+    """Two robots stand still, one of them as it should: after any step it may be told to jump, the other never."""
+    env = freeze(make(2, commands="full", jump_interval=1e-9, jump_tracking=0.25, resample_seconds=20.0))
+    env.command[:, :3] = torch.tensor([[0.2, 0.0, 0.0], [0.3, 0.0, 0.0]])
+    for _ in range(3):
+        env.step(torch.zeros(2, 12))
+    assert env.jump_time[0] >= 0 and env.jump_time[1] < 0
+
+
 def jumping(**config):
     """Two robots that have just been told to jump, standing still."""
-    env = freeze(make(2, commands="full", standing_fraction=0.0, resample_seconds=0.04, **config))
+    settings = {"standing_fraction": 0.0, "resample_seconds": 0.04, "jump_tracking": math.inf} | config
+    env = freeze(make(2, commands="full", **settings))
     env.cfg.jump_interval = 1e-9
     put(env, 0), put(env, 1)
     env.step(torch.zeros(2, 12))

@@ -90,6 +90,8 @@ class Go2Config:
     """range of the base height a jump is to reach (m); full commands only"""
     jump_interval: float = 5.0
     """mean time between jump commands (s); full commands only"""
+    jump_tracking: float = 0.3
+    """jumps are commanded only to robots whose mean velocity error in this episode is below this (m/s)"""
     resample_seconds: float = 4.0
     """time between new commands (s)"""
     standing_fraction: float = 0.1
@@ -548,7 +550,9 @@ class Go2Env(VectorEnv):
         top = rising & ((self.height > self.command[:, 4] - JUMP_TOLERANCE) | (jump_time >= JUMP_WINDOW))
         jump_time = torch.where(top, JUMP_WINDOW, jump_time)
         landed = jumping & ~rising & (jump_time >= JUMP_WINDOW + JUMP_LANDING)
-        start = ~jumping & (self._uniform(self.num_envs) < CONTROL_DT / self.cfg.jump_interval)
+        # Who cannot walk yet is not asked to jump: otherwise hopping on the spot is learned, and walking never.
+        tracks = self.totals[1] < self.cfg.jump_tracking * (self.episode_length - self.phase)
+        start = ~jumping & tracks & (self._uniform(self.num_envs) < CONTROL_DT / self.cfg.jump_interval)
         self.jump_time = torch.where(start, 0.0, torch.where(landed, -1.0, jump_time))
         self.jump_peak = torch.where(start, self.height, self.jump_peak)
         due = (due & ~jumping & ~start) | landed

@@ -170,7 +170,12 @@ def record_video(policy: Policy, env_config: dict, path: str | Path, seconds: fl
     device = "cpu"
     if isinstance(policy, torch.nn.Module):
         device = next((p.device for p in policy.parameters()), device)
-    changes = {"resample_seconds": CONTROL_DT, "jump_interval": math.inf, "episode_seconds": seconds + 1}
+    changes = {
+        "resample_seconds": CONTROL_DT,
+        "jump_interval": math.inf,
+        "jump_tracking": math.inf,
+        "episode_seconds": seconds + 1,
+    }
     env = Go2Env(1, "cpu", seed, **env_config | changes | {"physics_threads": 1})
     script = command_script(env.cfg)
     ends = np.cumsum([share for _, share, _ in script]) * seconds / sum(share for _, share, _ in script)
@@ -229,7 +234,8 @@ def evaluate_jumps(policy: Policy, env_config: dict, device, episodes: int = 128
     """One jump per robot, from standing, at heights drawn from `command_jump`. In a success all four feet leave the
     ground, the base comes within JUMP_TOLERANCE of the commanded height, and the robot still stands after the landing.
     """
-    env = Go2Env(episodes, device, seed, **env_config | {"jump_interval": math.inf, "resample_seconds": 1e6})
+    changes = {"jump_interval": math.inf, "jump_tracking": math.inf, "resample_seconds": 1e6}
+    env = Go2Env(episodes, device, seed, **env_config | changes)
     env.fixed_commands = torch.zeros(episodes, 5, device=device)
     env.fixed_commands[:, 3] = env_config["base_height_target"]
     obs, _ = env.reset(seed=seed)
