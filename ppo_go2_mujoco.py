@@ -193,7 +193,8 @@ class Agent(nn.Module):
         def mlp(out_dim, out_std):  # detail 26: separate MLPs
             layers, width = [], obs_dim
             for size in args.hidden:
-                layers += [layer_init(nn.Linear(width, size)), nn.ELU(inplace=True)]
+                # As large as torch's default; with gain sqrt(2) it takes more samples to track a command closely.
+                layers += [layer_init(nn.Linear(width, size), std=3**-0.5), nn.ELU(inplace=True)]
                 width = size
             return nn.Sequential(*layers, layer_init(nn.Linear(width, out_dim), std=out_std))
 

@@ -59,8 +59,6 @@ def compare_learning(folder: Path, flags: list, args) -> list[dict]:
     flags = [*flags, "--precision", args.quality_precision, "--hidden", *args.networks[0].split(",")]
     flags += ["--total-timesteps", args.samples, "--checkpoint-interval", args.eval_interval]
     sides = {"ours": (OURS, []), "rsl_rl": (PEER, [])}
-    if args.free_std:
-        sides["ours_free_std"] = (OURS, ["--final-std", 0, "--min-std", 0.01])
     rows = []
     for seed in args.seeds:
         for side, (script, extra) in sides.items():
@@ -68,7 +66,7 @@ def compare_learning(folder: Path, flags: list, args) -> list[dict]:
             summary = train(script, run_dir, [*flags, *extra, "--seed", seed])
             saved = tools.checkpoints(run_dir)
             if side == "ours":
-                env_config = tools.load_policy(saved[-1][1])[1]  # all three train and are evaluated in this one
+                env_config = tools.load_policy(saved[-1][1])[1]  # both train and are evaluated in this one
             for iteration, path in saved:
                 policy = torch.jit.load(path) if script == PEER else tools.load_policy(path)[0]
                 walk = tools.evaluate_walk(policy, env_config, episodes=args.eval_episodes)
@@ -109,7 +107,6 @@ def main():
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], help="of the speed comparison")
     parser.add_argument("--quality-precision", default="float32")
     parser.add_argument("--samples", type=int, default=1_500_000, help="steps of the comparison of policies")
-    parser.add_argument("--free-std", action="store_true", help="also ours with a std as free as rsl_rl's")
     parser.add_argument("--eval-interval", type=int, default=41, help="iterations between its evaluations")
     parser.add_argument("--eval-episodes", type=int, default=128)
     args, flags = parser.parse_known_args()

@@ -5,11 +5,13 @@
 Leaves `checkpoints/model_{iteration}.pt` (TorchScript, raw observations to mean actions) and `summary.json`, whose
 SPS_after_warm_up leaves out the iterations up to the first checkpoint, and with them compilation. One process, with
 torch's default threads and physics on all cores. Its writer is off, which also spares it the episode statistics that
-ours keeps. What stays different, because rsl_rl has no such setting or has it built in:
+ours keeps. What stays different:
 
-- the standard deviation is learned freely (ours is also bounded from above, falling to --final-std),
+- half of our robots learn from the mirror image of their experience (--mirror); rsl_rl's own such option is off, as by
+  default,
+- its standard deviation is learned freely (ours too with --final-std 0 --min-std 0.01, else it falls to --final-std),
 - a time limit is bootstrapped with V(s_t), ours with V(s_t+1) of the true last observation,
-- torch's default initialisation, ours orthogonal; Adam's epsilon 1e-8, ours 1e-5,
+- torch's default initialisation, ours orthogonal of the same size, with small heads; Adam's epsilon 1e-8, ours 1e-5,
 - gradients are clipped for actor and critic apart, ours together,
 - normalised observations are not clipped, ours at 10,
 - its mixed precision is bfloat16 autocast of the update alone; ours covers the rollout too.

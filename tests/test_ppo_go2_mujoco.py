@@ -375,7 +375,7 @@ def test_orthogonal_initialisation_and_the_scale_of_the_heads():
     for network, head in ((agent.actor_mean, 0.01), (agent.critic, 1.0)):
         layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
         assert [layer.out_features for layer in layers[:-1]] == [64, 32] and len(network) == 5
-        for layer, scale in zip(layers, (2**0.5, 2**0.5, head), strict=True):
+        for layer, scale in zip(layers, (3**-0.5, 3**-0.5, head), strict=True):
             weight = layer.weight if len(layer.weight) < layer.weight.shape[1] else layer.weight.T
             torch.testing.assert_close(weight @ weight.T, scale**2 * torch.eye(len(weight)), atol=1e-5, rtol=1e-5)
             assert not layer.bias.any()
