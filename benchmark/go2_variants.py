@@ -13,8 +13,8 @@ import tools
 
 VARIANTS = {
     # Jumps need large actions, so the noise that finds them has to last longer.
-    "full commands": ["--commands", "full", "--std-anneal-steps", "3000000", "--reward-weights", "jump_height=6"],
-    "real robot": ["--observation", "proprioceptive", "--history", 5, "--randomise"],
+    "full commands": ["--commands", "full", "--std-anneal-steps", 3_000_000, "--num-iterations", 640],
+    "real robot": ["--observation", "proprioceptive", "--history", 5, "--randomise", "--num-iterations", 640],
 }
 
 

@@ -53,7 +53,7 @@ NATURAL = REFERENCE | {
     "stand": -0.3,
     "power": -0.0005,
 }
-JUMP = {"jump_height": 2.0, "jump_land": 1.0}
+JUMP = {"jump_height": 6.0, "jump_land": 1.0}
 # Standing still on four feet is no virtue while a jump is under way.
 OFF_IN_JUMP = ("lin_vel_z", "base_height", "action_rate", "pose", "air_time", "clearance", "trot", "stand", "power")
 SWING_HEIGHT = 0.1  # m, the height of a foot's centre that `clearance` asks of a swing
