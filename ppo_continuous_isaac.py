@@ -486,24 +486,26 @@ def main(args: Args):
     # --- agent
     agent = Agent(envs, args).to(device)
     params = [p for p in agent.parameters() if p.requires_grad]
+    sizes = [p.numel() for p in params]
+    # All parameters are views of one vector: one tensor for Adam.
+    flat_params = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat_params, params)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     # detail 3: Adam's epsilon
-    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True)
-    # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
-    flat_grad = torch.zeros(sum(p.numel() for p in params) + 1, device=device)
-    for p, grad in zip(params, flat_grad[:-1].split([p.numel() for p in params]), strict=True):
-        p.grad = grad.view_as(p)
+    optimizer = torch.optim.Adam([flat_params], lr=learning_rate, eps=1e-5, fused=True)
+    # All gradients, and the KL divergence beside them, are one vector: one all-reduce, one norm.
+    flat_grad = torch.zeros(len(flat_params) + 1, device=device)
+    flat_params.grad = flat_grad[:-1]
 
     def policy(obs, *memory):
         with torch.no_grad():
             params, states = agent.get_params(agent.normalise(obs), *memory)
             return agent.sample(params), states
 
-    def accumulate_gradients(*minibatch):
-        flat_grad.zero_()
+    def compute_gradients(*minibatch):
         loss, stats = ppo_loss(agent, args, *minibatch)
-        loss.backward()
-        flat_grad[-1] = stats[5]
+        grads = torch.autograd.grad(loss, params)
+        torch.cat([grad.flatten() for grad in (*grads, stats[5])], out=flat_grad)
         return stats
 
     def apply_gradients():
@@ -515,15 +517,44 @@ def main(args: Args):
         finite = torch.isfinite(norm)
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
-        optimizer.step()
+        adam_step()
         if agent.nvec is None:
-            agent.actor_logstd.data.clamp_(agent.min_logstd, math.log(10.0))  # beyond, it has no gradient
+            with torch.no_grad():
+                agent.actor_logstd.clamp_(agent.min_logstd, math.log(10.0))  # beyond, it has no gradient
         return norm, ~finite
 
+    def update(*minibatch):
+        stats = compute_gradients(*minibatch)
+        if world_size > 1:
+            dist.all_reduce(flat_grad)
+        return stats, *apply_gradients()
+
+    adam_step, capture = optimizer.step, args.cuda_graphs and device.type == "cuda"
     if args.compile:
-        policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
-    if args.cuda_graphs and device.type == "cuda":
-        policy, accumulate_gradients = CudaGraph(policy), CudaGraph(accumulate_gradients)
+        # optimizer.step() would part the graph, so the same is written out.
+        zeros = {name: torch.zeros_like(flat_params.data) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[flat_params] = {"step": torch.zeros((), device=device)} | zeros
+
+        @torch.no_grad()
+        def adam_step():
+            step, mean, square = (optimizer.state[flat_params][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+            grads = flat_grad[:-1]
+            step += 1
+            mean.lerp_(grads, 1 - 0.9)
+            square.mul_(0.999).addcmul_(grads, grads, value=1 - 0.999)
+            denominator = (square / (1 - 0.999**step)).sqrt() + 1e-5
+            change = learning_rate / (1 - 0.9**step) * mean / denominator
+            for p, p_change in zip(params, change.split(sizes), strict=True):
+                p.sub_(p_change.view_as(p))
+
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the graph
+        policy = torch.compile(policy)
+        if world_size > 1 or capture:
+            compute_gradients, apply_gradients = torch.compile(compute_gradients), torch.compile(apply_gradients)
+        else:
+            update = torch.compile(update)
+    if capture:
+        policy, compute_gradients = CudaGraph(policy), CudaGraph(compute_gradients)
 
     def split(x, inds):
         """x as num_minibatches minibatches: of single samples, or with an LSTM of whole sequences."""
@@ -536,8 +567,9 @@ def main(args: Args):
     obs = torch.zeros(T, N, agent.obs_dim, device=device)
     final_obs = torch.zeros(T, N, agent.obs_dim, device=device)
     actions = torch.zeros(T, N, *agent.action_shape, device=device, dtype=torch.long if agent.nvec else torch.float32)
-    rewards, dones, starts = (torch.zeros(T, N, device=device) for _ in range(3))
+    rewards, dones, starts, episode_returns, episode_lengths = (torch.zeros(T, N, device=device) for _ in range(5))
     truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
+    storage = obs, starts, rewards, truncations, dones, final_obs, episode_returns, episode_lengths
     next_start, running_return = torch.ones(N, device=device), torch.zeros(N, device=device)
     # Hidden and cell state of the actor's LSTM, then of the critic's.
     state = torch.cat((agent.zero_state(N),) * 2) if args.lstm else None
@@ -596,22 +628,26 @@ def main(args: Args):
 
         # --- rollout: actions alone; log-probabilities and values of all steps follow in one batch
         initial_state, actor_state = state, state[:2] if args.lstm else None
+        steps = []
         for t in range(T):
-            obs[t], starts[t] = next_obs, next_start
+            step = [next_obs, next_start]
             if args.lstm:
                 action, states = policy(next_obs[None], actor_state, next_start[None])
                 actions[t], actor_state = action[0], states[0]
             else:
                 actions[t], _ = policy(next_obs)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
-            next_obs, rewards[t], terminated, truncations[t], info = envs.step(actions[t])
-            dones[t] = next_start = (terminated | truncations[t]).float()
-            final_obs[t] = info["final_obs"]
-            ended = torch.stack((info["episode"]["r"], info["episode"]["l"], torch.ones_like(dones[t])))
-            episodes += (ended * dones[t]).sum(1)
+            next_obs, reward, terminated, truncated, info = envs.step(actions[t])
+            next_start = (terminated | truncated).float()
+            step += [reward, truncated, next_start, info["final_obs"], info["episode"]["r"], info["episode"]["l"]]
+            steps.append(step)
             if info.get("log"):
                 task_log = {k: task_log.get(k, 0.0) + v for k, v in info["log"].items()}
                 task_logs += 1
+        # Each of the many small operations of a rollout counts, so the storage is filled once.
+        for buffer, column in zip(storage, zip(*steps, strict=True), strict=True):
+            torch.stack(column, out=buffer)
+        episodes += (torch.stack((episode_returns, episode_lengths, torch.ones_like(dones))) * dones).sum((1, 2))
         global_step += args.batch_size * world_size
 
         # --- bootstrap and advantages
@@ -665,10 +701,7 @@ def main(args: Args):
             if args.lstm:  # detail 36: the states are rebuilt from those at the start of the rollout
                 minibatches += split(initial_state, b_inds), split(starts, b_inds)
             for minibatch in zip(*minibatches, strict=True):
-                stats = accumulate_gradients(*minibatch[:7], old_std, *minibatch[7:])
-                if world_size > 1:
-                    dist.all_reduce(flat_grad)
-                grad_norm, not_finite = apply_gradients()
+                stats, grad_norm, not_finite = update(*minibatch[:7], old_std, *minibatch[7:])
                 stats_sum += stats
                 bad_updates += not_finite
                 num_updates += 1

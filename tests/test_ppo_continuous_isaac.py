@@ -889,7 +889,7 @@ def test_what_is_compiled_does_the_same(run_main, monkeypatch, actions):
     eager = run_main(actions, **settings)
     assert not compiled
     traced = run_main(actions, **settings, compile=True)
-    assert compiled == ["policy", "accumulate_gradients"]
+    assert compiled == ["policy", "update"]
     for name, tensor in eager["agent"].items():
         torch.testing.assert_close(traced["agent"][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
