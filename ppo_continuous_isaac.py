@@ -15,6 +15,7 @@ place here; docs/details.md gives the reason for each.
 import copy
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -438,6 +439,9 @@ def check_args(args: Args):
         cli.fail(str(error))
     accelerated = args.compile or args.cuda_graphs
     cli.check(not (args.lstm and accelerated), "--lstm got --compile or --cuda-graphs beside it; it takes neither")
+    compiler = os.environ.get("CXX", "g++")
+    missing = args.compile and args.device == "cpu" and not shutil.which(compiler)
+    cli.check(not missing, f"--compile needs a C++ compiler; there is no {compiler}; install g++ or name one in CXX")
 
 
 def make(args: Args, num_envs: int, seed: int, **more):
@@ -580,6 +584,8 @@ def main(args: Args):
     saved = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if saved:
         load_agent(agent, saved, "--resume")
+        one_vector = len(saved["optimizer"]["param_groups"][0]["params"]) == 1
+        cli.check(one_vector, "--resume got a checkpoint of an older version; it takes one of this version")
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(saved["learning_rate"])

@@ -884,14 +884,31 @@ def test_what_is_compiled_does_the_same(run_main, monkeypatch, actions):
         compiled.append(function.__name__)
         return torch_compile(function, backend="eager")
 
+    def sometimes_bad(agent, args, mb_obs, *more):  # about every third minibatch
+        value, stats = loss(agent, args, mb_obs, *more)
+        return value * torch.where(mb_obs[0, 0] > 0.5, math.nan, 1.0), stats
+
+    loss = ppo.ppo_loss
     monkeypatch.setattr(torch, "compile", without_a_compiler)
-    settings = dict(num_minibatches=2, update_epochs=2)
+    monkeypatch.setattr(ppo, "ppo_loss", sometimes_bad)
+    settings = dict(num_minibatches=4, update_epochs=3, learning_rate=3e-3, desired_kl=0.02, max_grad_norm=0.1)
     eager = run_main(actions, **settings)
-    assert not compiled
+    bad = SilentLogger.lines[-1]["charts/nan_updates"]
+    assert not compiled and 0 < bad < 24
     traced = run_main(actions, **settings, compile=True)
-    assert compiled == ["policy", "update"]
+    assert compiled == ["policy", "update"] and SilentLogger.lines[-1]["charts/nan_updates"] == bad
+    assert traced["learning_rate"] == pytest.approx(eager["learning_rate"]) != pytest.approx(3e-3)
     for name, tensor in eager["agent"].items():
         torch.testing.assert_close(traced["agent"][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    for name, tensor in eager["optimizer"]["state"][0].items():
+        torch.testing.assert_close(traced["optimizer"]["state"][0][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_without_a_compiler_one_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as end:
+        ppo.check_args(ppo.Args(compile=True, device="cpu", ranks=1))
+    assert end.value.code == 2 and "there is no no-such-compiler" in capsys.readouterr().err
 
 
 # --- several ranks
