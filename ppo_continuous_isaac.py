@@ -31,7 +31,7 @@ import torch.nn as nn
 
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
-from common.envs.isaac import make_env
+from common.envs.isaac import check_task, make_env
 from common.envs.isaac_eval import evaluate, record_video
 from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
 from common.physics import resolve_backend
@@ -876,6 +876,10 @@ if __name__ == "__main__":
         evaluate_checkpoint(args)
     else:
         if os.environ.get("RANK", "0") == "0":
+            try:
+                check_task(args.env_id, args.physics)  # a mistake leaves no empty folder behind
+            except ValueError as error:
+                cli.fail(str(error))
             args.log_dir = str(make_run_dir(args, args.env_id))
             what = f"{args.num_envs} environments, {args.ranks} ranks"
             print(f"{args.env_id}, preset {args.preset}: {what}, into {args.log_dir}")

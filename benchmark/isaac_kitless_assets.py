@@ -19,7 +19,10 @@ ROBOTS = {
     "Isaac/Robots/IsaacSim/Ant/ant_instanceable.usd": "ant.usda",
     "Isaac/Robots/IsaacSim/Humanoid/humanoid_instanceable.usd": "humanoid.usda",
 }
-GROUND = "Isaac/Environments/Grid/default_environment.usd"
+GROUNDS = (
+    "Isaac/Environments/Grid/default_environment.usd",  # up to the 3.0 beta
+    "Isaac/IsaacLab/Environments/Grid/default_ground_plane_checker_v1/default_ground_plane.usda",  # 3.0
+)
 # Solid boxes of 1 kg with the sizes of the cart's and the pole's collision shapes: (width, depth, height) in m.
 BOXES = {"slider": (0.03, 8.0, 0.03), "cart": (0.2, 0.25, 0.2), "pole": (0.04, 0.06, 1.0)}
 # Joints of newton's humanoid that Isaac Lab knows by another name.
@@ -105,11 +108,13 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(EDITS[source](usda) if source in EDITS else usda)
         print(path)
-    path = folder / GROUND
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(GROUND_USDA)
-    print(path)
-    print("\nMake this the last line of apps/isaaclab.python.kit in your copy of Isaac Lab:")
+    for target in GROUNDS:
+        path = folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(GROUND_USDA)
+        print(path)
+    print(f"\nMake Isaac Lab 3.0 look there with\nexport ISAACSIM_ASSET_ROOT={folder}")
+    print("and the 3.0 beta with this as the last line of apps/isaaclab.python.kit in your copy of it:")
     print(f'persistent.isaac.asset_root.cloud = "{folder}"')
 
 

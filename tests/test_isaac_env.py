@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from isaac_doubles import DirectDouble, FactoryDouble, ManagerDouble, MjlabDouble
 
 from common.envs.gym_loop import GymnasiumEnv
-from common.envs.isaac import IsaacEnv, make_env
+from common.envs.isaac import IsaacEnv, check_task, make_env
 
 INF = float("inf")
 
@@ -758,6 +758,40 @@ def test_mistakes_with_isaac_lab(install, version, settings, words):
         make_env(**({"env_id": "Isaac-Cartpole-v0", "num_envs": 2} | settings))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert "app closed" not in events, "closing Kit ends the process before the sentence is read"
+
+
+IMAGES = [
+    ("observation_space=[3, 96, 96]", "observes images of shape (3, 96, 96)"),
+    ("observation_space={'policy': {'camera': [96, 96, 3]}}", "observes images of shape (96, 96, 3)"),
+    ("observations=Space(policy=Space(seen=Space(func='isaaclab.envs.mdp:image_rgb')))", "images in its group policy"),
+]
+
+
+@pytest.mark.parametrize("fields, words", IMAGES)
+@pytest.mark.parametrize("version", [NEWER, BETA], ids=["3.0", "3.0-beta"])
+def test_images_are_refused_before_a_simulator_starts(install, version, fields, words):
+    events = install(version, fields)
+    for refuse in (lambda: check_task("Isaac-Cartpole-v0"), lambda: make_env("Isaac-Cartpole-v0", 2)):
+        with pytest.raises(ValueError, match=".") as error:
+            refuse()
+        assert words in str(error.value) and "\n" not in str(error.value)
+    assert events == ["tasks imported"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["", "observation_space=4", "observation_space=[{2}, {3}]", "observations=Space(policy=Space(s=Space(func=len)))"],
+)
+def test_a_task_that_will_do_is_not_refused(install, fields):
+    events = install(NEWER, fields)
+    check_task("Isaac-Cartpole-v0")
+    assert events == ["tasks imported"]
+
+
+def test_isaac_lab_2_is_not_asked_about_its_tasks_before_it_runs(install):
+    events = install(OLD)
+    check_task("Isaac-Cartpol-v0")
+    assert events == []
 
 
 @pytest.mark.parametrize("physics, chosen", [("", "physx"), ("warp_renderer, newton_mjwarp", "newton")])

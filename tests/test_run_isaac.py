@@ -20,7 +20,7 @@ from gymnasium.spaces import Box, MultiBinary
 
 import ppo_continuous_isaac as ppo
 from common import checkpoint, distributed
-from common.envs import isaac_eval
+from common.envs import isaac, isaac_eval
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "ppo_continuous_isaac.py"
@@ -229,6 +229,7 @@ def test_flags_of_the_launcher_belong_to_the_run(finished, tmp_path, monkeypatch
     state["args"] |= {"env_id": "Isaac-Cartpole-Direct", "launcher_args": ("--headless",)}
     checkpoint.save(tmp_path / "model_3.pt", state)
     began = []
+    monkeypatch.setattr(isaac, "check_task", lambda env_id, physics: None)  # it may not be installed
     monkeypatch.setattr(distributed, "launch", lambda main, args, ranks: began.append(args.launcher_args))
     run_dir = ["--log-dir", tmp_path / "run"]
     assert run("--env-id", "Isaac-Cartpole-Direct", "--viz", "newton", *run_dir) == 0
@@ -418,5 +419,7 @@ def test_a_task_that_cannot_be_made_or_does_not_fit_ends_with_one_sentence(
         for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
-    code = run(*flags.format(run=finished[0]).split(), "--device", "cpu", "--log-dir", tmp_path)
+    code = run(*flags.format(run=finished[0]).split(), "--device", "cpu", "--log-dir", tmp_path / "new")
     check_sentence(code, capfd.readouterr().err, words)
+    told_at_once = "--env-id" in flags and "--resume" not in flags and "--eval-only" not in flags
+    assert not told_at_once or not (tmp_path / "new").exists(), "a run that never began leaves no folder"

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import importlib
 import importlib.util
+import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, s
 # Tasks whose environments must all end at the same step, because their reset moves every robot of the scene.
 SYNCHRONOUS = ("Factory", "Forge", "AutoMate")
 VIDEO_INTERVAL, VIDEO_LENGTH = 2000, 200  # steps between the starts of the simulator's own videos, and of one video
+# Functions of Isaac Lab's managers whose observations are images; image_features are vectors.
+IMAGE_TERMS = ("image", "image_rgb", "image_depth", "image_normals", "image_segmentation")
 INSTALL = {
     "isaaclab": "Isaac Lab cannot be imported ({}); install it as https://isaac-sim.github.io/IsaacLab says",
     "mjlab": "mjlab cannot be imported ({}); install it with: pip install mjlab",
@@ -68,6 +72,20 @@ def make_env(
         )
         return IsaacEnv(sim, env_id, seed, clip_actions, history, compute_final_obs, stack.close)
     return GymnasiumEnv(env_id, num_envs, device, seed, history, **make_kwargs)
+
+
+def check_task(env_id: str, physics: str = "newton_mjwarp") -> None:
+    """Refuses a task as `make_env` does, so far as that can be told without starting a simulator.
+
+    For Isaac Lab 3.x: its name, its presets and observations that are images. 2.x says nothing before Kit runs.
+    """
+    if env_id.startswith("Mjlab-"):
+        _mjlab(env_id)
+    elif env_id.startswith(("Isaac-", "IsaacContrib-")):
+        if _launcher(env_id) is not None:
+            _isaac_config(env_id, physics, with_presets=True)
+    else:
+        GymnasiumEnv(env_id, 1).close()
 
 
 # --- Isaac Lab and mjlab: one simulator steps all environments
@@ -293,7 +311,8 @@ class IsaacEnv(VectorEnv):
         pass
 
 
-def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, make_kwargs):
+def _mjlab(env_id):
+    """(class of its environments, the task's configuration)."""
     try:
         importlib.import_module("mjlab.tasks")  # registers them
         from mjlab.envs import ManagerBasedRlEnv
@@ -302,11 +321,15 @@ def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, ma
         raise ValueError(f"--env-id {env_id}: {INSTALL['mjlab'].format(error)}") from None
     if env_id not in list_tasks():
         raise ValueError(f"--env-id: there is no {env_id!r}{suggestion(env_id, list_tasks())}")
-    cfg = load_env_cfg(env_id)
+    return ManagerBasedRlEnv, load_env_cfg(env_id)
+
+
+def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, make_kwargs):
+    env_class, cfg = _mjlab(env_id)
     cfg.scene.num_envs, cfg.seed, cfg.auto_reset = num_envs, seed, not compute_final_obs
     if video_dir:
         make_kwargs = {"render_mode": "rgb_array"} | make_kwargs
-    return ManagerBasedRlEnv(cfg=cfg, device=str(device), **make_kwargs)
+    return env_class(cfg=cfg, device=str(device), **make_kwargs)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -314,8 +337,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"Isaac Lab's launcher refuses a flag that this script does not know either: {message}")
 
 
-def _launcher():
+def _launcher(env_id):
     """(launch_simulation, add_launcher_args) of Isaac Lab 3.x, or None in 2.x, where tasks must not be imported yet."""
+    try:
+        return _find_launcher()
+    except ImportError as error:
+        raise ValueError(f"--env-id {env_id}: {INSTALL['isaaclab'].format(error)}") from None
+
+
+def _find_launcher():
     app = importlib.import_module("isaaclab.app")
     if hasattr(app, "launch_simulation"):
         return app.launch_simulation, app.add_launcher_args
@@ -327,8 +357,8 @@ def _launcher():
     return None
 
 
-def _isaac_config(env_id, num_envs, device, seed, physics, compute_final_obs, with_presets):
-    """The task's configuration, with everything set that must be before its environment is made."""
+def _isaac_config(env_id, physics, with_presets):
+    """The task's configuration; a task that this script cannot train is refused, so far as that shows there."""
     importlib.import_module("isaaclab_tasks")  # registers them
     if env_id not in gym.registry:
         tasks = [name for name in gym.registry if name.startswith("Isaac")]
@@ -343,22 +373,37 @@ def _isaac_config(env_id, num_envs, device, seed, physics, compute_final_obs, wi
             if word not in names:
                 raise ValueError(f"--physics {word} is no preset of {env_id}, which has {', '.join(sorted(names))}")
         cfg = hydra.resolve_presets(cfg, wanted)
-    cfg.sim.device, cfg.scene.num_envs, cfg.seed = str(device), num_envs, seed
-    if compute_final_obs and hasattr(cfg, "compute_final_obs"):
-        cfg.compute_final_obs = True
+    _refuse_images(env_id, getattr(cfg, "observation_space", None))
+    observations = getattr(cfg, "observations", None)
+    for name, group in ((name, getattr(observations, name, None)) for name in ("policy", "critic")):
+        for term in vars(group).values() if hasattr(group, "__dict__") else ():
+            if _function_name(getattr(term, "func", "")) in IMAGE_TERMS:
+                raise ValueError(f"--env-id {env_id} observes images in its group {name}; this script has no CNN")
     return cfg
+
+
+def _refuse_images(env_id, spec):
+    """spec: a space of Gymnasium, or Isaac Lab's short form of one, in which [3, 96, 96] is a Box of that shape."""
+    if isinstance(spec, gym.Space):
+        flat_width(env_id, spec)
+    elif isinstance(spec, Mapping | tuple):
+        for part in spec.values() if isinstance(spec, Mapping) else spec:
+            _refuse_images(env_id, part)
+    elif isinstance(spec, list) and all(isinstance(size, int) for size in spec):
+        flat_width(env_id, spaces.Box(-math.inf, math.inf, spec))
+
+
+def _function_name(func) -> str:
+    """Its own; Isaac Lab 3.0 may give "module:function", to be imported later."""
+    return re.split("[.:]", func)[-1] if isinstance(func, str) else getattr(func, "__name__", "")
 
 
 def _make_isaac(
     stack, env_id, num_envs, device, seed, physics, compute_final_obs, launcher_args, video_dir, make_kwargs
 ):
     """The environment; what must stay open while it lives is entered into `stack`."""
-    try:
-        launcher = _launcher()
-    except ImportError as error:
-        raise ValueError(f"--env-id {env_id}: {INSTALL['isaaclab'].format(error)}") from None
+    launcher = _launcher(env_id)
     parser = _Parser(add_help=False, allow_abbrev=False)
-    settings = (env_id, num_envs, device, seed, physics, compute_final_obs, launcher is not None)
     words, sys.argv[1:] = sys.argv[1:], []  # Kit reads the command line too, and takes our flags for its own
     try:
         if launcher is None:
@@ -368,14 +413,17 @@ def _make_isaac(
             args = parser.parse_args(list(launcher_args))
             args.device, args.enable_cameras = str(device), getattr(args, "enable_cameras", False) or bool(video_dir)
             app = AppLauncher(args).app
-            cfg = _isaac_config(*settings)
+            cfg = _isaac_config(env_id, physics, with_presets=False)
             stack.callback(app.close)  # not before here: closing Kit ends the process, and nobody would read the error
         else:
             launch_simulation, add_launcher_args = launcher
             add_launcher_args(parser)
             args = parser.parse_args(list(launcher_args))
             args.device = str(device)
-            cfg = _isaac_config(*settings)
+            cfg = _isaac_config(env_id, physics, with_presets=True)
+        cfg.sim.device, cfg.scene.num_envs, cfg.seed = str(device), num_envs, seed
+        if compute_final_obs and hasattr(cfg, "compute_final_obs"):
+            cfg.compute_final_obs = True
         own_video = hasattr(cfg, "video_recorders")
         if video_dir and own_video:
             recorder = importlib.import_module("isaaclab.envs.utils.video_recorder_cfg").VideoRecorderCfg()
