@@ -33,11 +33,15 @@ def train_ours(args, run_dir: Path) -> dict:
     command = [sys.executable, ROOT / "ppo_continuous_isaac.py", "--env-id", args.env_id, "--device", "cpu"]
     command += ["--num-envs", args.num_envs, "--num-iterations", args.iterations, "--seed", args.seed]
     command += ["--log-dir", run_dir, "--eval-episodes", args.num_envs, "--clip-actions", args.clip_actions]
-    command += ["--checkpoint-interval", 10_000, "--no-save-video"]
+    command += ["--checkpoint-interval", 10_000, "--no-save-video", "--eval-interval", args.eval_interval]
     with open(run_dir.with_suffix(".log"), "w") as log:
         subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
     summary = json.loads((run_dir / "summary.json").read_text())
-    return {key: summary[key] for key in ("SPS", "mean_return", "return_ci95", "mean_length", "global_step")}
+    between = {int(f.stem.split("_")[1]): json.loads(f.read_text()) for f in (run_dir / "eval").glob("model_*.json")}
+    keys = ("mean_return", "mean_length")
+    evaluations = [{"iteration": i} | {key: between[i][key] for key in keys} for i in sorted(between)]
+    result = {key: summary[key] for key in ("SPS", "mean_return", "return_ci95", "mean_length", "global_step")}
+    return result | {"evaluations": evaluations}
 
 
 def train_rsl_rl(args) -> dict:
@@ -95,6 +99,8 @@ def main():
     parser.add_argument("--num-envs", type=int, default=512)
     parser.add_argument("--iterations", type=int, default=75)
     parser.add_argument("--clip-actions", type=float, default=0.0)
+    parser.add_argument("--eval-interval", type=int, default=0, help="ours: evaluate every so many iterations too")
+    parser.add_argument("--no-peer", action="store_true", help="ours alone, where rsl_rl would take too long as well")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark")
@@ -109,24 +115,28 @@ def main():
     folder.mkdir(parents=True)
     floor = in_a_process("normal", args, args.seeds[0], folder)
     print(f"normal actions: {floor['mean_return']:.1f}", flush=True)
-    sides = {"ours": [], "rsl_rl": []}
+    sides = {"ours": []} if args.no_peer else {"ours": [], "rsl_rl": []}
     for seed in args.seeds:
         args.seed = seed
         sides["ours"].append(train_ours(args, folder / f"ours_{seed}"))
-        sides["rsl_rl"].append(in_a_process("rsl_rl", args, seed, folder))
+        if not args.no_peer:
+            sides["rsl_rl"].append(in_a_process("rsl_rl", args, seed, folder))
         for side, rows in sides.items():
             print(f"seed {seed}, {side}: {rows[-1]['mean_return']:.1f}, {rows[-1]['SPS']:,.0f} steps/s", flush=True)
-    ratios = [a["SPS"] / b["SPS"] for a, b in zip(*sides.values(), strict=True)]
     info = run_info()
-    for package in ("isaaclab", "newton", "rsl-rl-lib", "mujoco"):
+    for package in ("isaaclab", "newton", "warp-lang", "rsl-rl-lib", "mujoco"):
         try:
             info["versions"][package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             info["versions"][package] = "not a package"
     content = {"benchmark": "isaac_kitless", "seeds": args.seeds, "date": time.strftime("%Y-%m-%d")} | info
-    content |= {name: getattr(args, name) for name in ("env_id", "num_envs", "iterations", "clip_actions")}
+    content |= {
+        name: getattr(args, name) for name in ("env_id", "num_envs", "iterations", "clip_actions", "eval_interval")
+    }
     content |= {"normal_actions": floor, "runs": sides}
-    content |= {"speed_ratio": {"median": statistics.median(ratios), "values": ratios}}
+    if not args.no_peer:
+        ratios = [a["SPS"] / b["SPS"] for a, b in zip(*sides.values(), strict=True)]
+        content |= {"speed_ratio": {"median": statistics.median(ratios), "values": ratios}}
     write_json(args.out / f"isaac_kitless_{args.env_id}.json", content)
 
 
