@@ -15,6 +15,7 @@ no place here; docs/details.md gives the reason for each.
 
 import math
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -63,6 +64,7 @@ PRESETS = {
         action_latency=1,
         spawn_height=0.42,
         spawn_noise=0.0,
+        command_ends=0.0,
         standing_fraction=0.0,
         checkpoint_interval=100,
         log_interval=1,
@@ -84,7 +86,7 @@ class Args(cli.RunArgs, Go2Config):
     """parallel robots, over all ranks"""
     num_steps: int = 24
     """control steps per robot and iteration"""
-    num_iterations: int = 480
+    num_iterations: int = 600
     """iterations; --total-timesteps overrides it"""
     total_timesteps: int = 0
     """environment steps to train for (0: num_iterations)"""
@@ -322,6 +324,9 @@ def check_args(args: Args):
     what = f"a divisor of the {per_rank} samples per rank and iteration"
     require_that(per_rank % args.num_minibatches == 0, "num_minibatches", what)
     require_that(args.eval_only or not args.save_trajectories, "save_trajectories", "a file only with --eval-only")
+    compiler = os.environ.get("CXX", "g++")
+    missing = args.compile and args.device == "cpu" and not shutil.which(compiler)
+    cli.check(not missing, f"--compile needs a C++ compiler; there is no {compiler}; install g++ or name one in CXX")
     if os.environ.get("RANK", "0") == "0":
         try:
             Go2Env(1, args.device, **env_config(args) | {"physics_threads": 1})
@@ -363,23 +368,25 @@ def main(args: Args):
     # --- agent
     agent = Agent(obs_dim, action_dim, args).to(device)
     params = list(agent.parameters())
+    sizes = [p.numel() for p in params]
+    # All parameters are views of one vector: one tensor for Adam.
+    flat_params = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat_params, params)
     learning_rate, desired_kl = (torch.tensor(x, device=device) for x in (args.learning_rate, args.desired_kl))
     # detail 3: Adam's epsilon
-    optimizer = torch.optim.Adam(params, lr=learning_rate, eps=1e-5, fused=True)
-    # All gradients, and the KL divergence beside them, are views of one vector: one all-reduce, one norm.
-    flat_grad = torch.zeros(sum(p.numel() for p in params) + 1, device=device)
-    for p, grad in zip(params, flat_grad[:-1].split([p.numel() for p in params]), strict=True):
-        p.grad = grad.view_as(p)
+    optimizer = torch.optim.Adam([flat_params], lr=learning_rate, eps=1e-5, fused=True)
+    # All gradients, and the KL divergence beside them, are one vector: one all-reduce, one norm.
+    flat_grad = torch.zeros(len(flat_params) + 1, device=device)
+    flat_params.grad = flat_grad[:-1]
 
     def policy(obs):
         with torch.no_grad():
             return agent.sample(agent.get_mean(agent.normalise(obs)))
 
-    def accumulate_gradients(*minibatch):
-        flat_grad.zero_()
+    def compute_gradients(*minibatch):
         loss, stats = ppo_loss(agent, args, *minibatch)
-        loss.backward()
-        flat_grad[-1] = stats[5]
+        grads = torch.autograd.grad(loss, params)
+        torch.cat([grad.flatten() for grad in (*grads, stats[5])], out=flat_grad)
         return stats
 
     def apply_gradients():
@@ -391,14 +398,43 @@ def main(args: Args):
         finite = torch.isfinite(norm)
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
-        optimizer.step()
-        agent.actor_logstd.data.clamp_(agent.logstd_limits[0], agent.logstd_limits[1])  # beyond, it has no gradient
+        adam_step()
+        with torch.no_grad():
+            agent.actor_logstd.clamp_(agent.logstd_limits[0], agent.logstd_limits[1])  # beyond, it has no gradient
         return norm, ~finite
 
+    def update(*minibatch):
+        stats = compute_gradients(*minibatch)
+        if world_size > 1:
+            dist.all_reduce(flat_grad)
+        return stats, *apply_gradients()
+
+    adam_step, capture = optimizer.step, args.cuda_graphs and device.type == "cuda"
     if args.compile:
-        policy, accumulate_gradients = torch.compile(policy), torch.compile(accumulate_gradients)
-    if args.cuda_graphs and device.type == "cuda":
-        policy, accumulate_gradients = CudaGraph(policy), CudaGraph(accumulate_gradients)
+        # optimizer.step() would part the graph, so the same is written out.
+        zeros = {name: torch.zeros_like(flat_params.data) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[flat_params] = {"step": torch.zeros((), device=device)} | zeros
+
+        @torch.no_grad()
+        def adam_step():
+            step, mean, square = (optimizer.state[flat_params][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+            grads = flat_grad[:-1]
+            step += 1
+            mean.lerp_(grads, 1 - 0.9)
+            square.mul_(0.999).addcmul_(grads, grads, value=1 - 0.999)
+            denominator = (square / (1 - 0.999**step)).sqrt() + 1e-5
+            change = learning_rate / (1 - 0.9**step) * mean / denominator
+            for p, p_change in zip(params, change.split(sizes), strict=True):
+                p.sub_(p_change.view_as(p))
+
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the graph
+        policy = torch.compile(policy)
+        if world_size > 1 or capture:
+            compute_gradients, apply_gradients = torch.compile(compute_gradients), torch.compile(apply_gradients)
+        else:
+            update = torch.compile(update)
+    if capture:
+        policy, compute_gradients = CudaGraph(policy), CudaGraph(compute_gradients)
 
     # --- storage, allocated once
     T, N = args.num_steps, num_envs
@@ -414,6 +450,8 @@ def main(args: Args):
     state = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if state:
         load_agent(agent, state, "--resume")
+        one_vector = len(state["optimizer"]["param_groups"][0]["params"]) == 1
+        cli.check(one_vector, "--resume got a checkpoint of an older version; it takes one of this version")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(state["learning_rate"])
@@ -507,7 +545,7 @@ def main(args: Args):
                 mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()
                 mb_advantages = (mb_advantages - mean[:, None]) / (std[:, None] + 1e-8)
             for mb_inds, mb_advantage in zip(b_inds.view(-1, args.minibatch_size), mb_advantages, strict=True):
-                stats = accumulate_gradients(
+                stats, grad_norm, not_finite = update(
                     b_obs[mb_inds],
                     b_actions[mb_inds],
                     b_logprobs[mb_inds],
@@ -517,9 +555,6 @@ def main(args: Args):
                     b_returns[mb_inds],
                     b_values[mb_inds],
                 )
-                if world_size > 1:
-                    dist.all_reduce(flat_grad)
-                grad_norm, not_finite = apply_gradients()
                 stats_sum += stats
                 bad_updates += not_finite
                 num_updates += 1

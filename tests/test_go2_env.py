@@ -666,9 +666,11 @@ def test_nothing_of_it_stays(config):
 
 
 def test_commands():
-    """Uniform over their ranges, drawn anew at the period, the asked share of them zero."""
+    """Drawn anew at the period, the asked share of them zero, of each another share at the ends of its range, the rest
+    uniform over it.
+    """
     ranges = {"command_vx": (-0.2, 1.4), "command_vy": (0.1, 0.3), "command_yaw": (-0.9, -0.5)}
-    env = freeze(make(2000, standing_fraction=0.3, resample_seconds=0.1, **ranges))
+    env = freeze(make(2000, standing_fraction=0.3, command_ends=0.2, resample_seconds=0.1, **ranges))
     low, high = torch.tensor([[-0.2, 0.1, -0.9], [1.4, 0.3, -0.5]])
     for step in range(1, 12):
         before = env.command
@@ -678,8 +680,12 @@ def test_commands():
         assert torch.equal(info["final_obs"][:, 9:12], before * torch.tensor([2, 2, 0.25]))
         standing = (env.command == 0).all(1)
         drawn = env.command[~standing]
-        assert (drawn >= low).all() and (drawn <= high).all()
-        assert (drawn.amin(0) < low + 0.02 * (high - low)).all() and (drawn.amax(0) > high - 0.02 * (high - low)).all()
+        share = (drawn - low) / (high - low)
+        assert (share > -1e-6).all() and (share < 1 + 1e-6).all()
+        for end in (0, 1):
+            assert ((share - end).abs().lt(1e-5).float().mean(0) - 0.1).abs().max() < 0.045  # 5 standard deviations
+        inside = share[((share > 0.001) & (share < 0.999)).all(1)]
+        assert (inside.mean(0) - 0.5).abs().max() < 0.07 and (inside.std(0) - 12**-0.5).abs().max() < 0.03
         assert abs(standing.float().mean() - 0.3) < 0.05  # 4.9 standard deviations
         # Two draws in a row may both be zero.
         assert changed.float().mean() > 0.85 if step % 5 == 0 else not changed.any(), step

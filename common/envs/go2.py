@@ -94,6 +94,8 @@ class Go2Config:
     """jumps are commanded only to robots whose mean velocity error in this episode is below this (m/s)"""
     resample_seconds: float = 4.0
     """time between new commands (s)"""
+    command_ends: float = 0.15
+    """share of each command's draws that are at one of the two ends of its range, the rest uniform"""
     standing_fraction: float = 0.1
     """share of velocity commands that are zero"""
     observation: Literal["full", "proprioceptive"] = "full"
@@ -228,6 +230,7 @@ def _check(cfg: Go2Config, num_envs: int):
     for name in ("resample_seconds", "episode_seconds"):
         require(getattr(cfg, name) >= CONTROL_DT, name, f"{CONTROL_DT} s or more", getattr(cfg, name))
     require(0 <= cfg.action_latency <= 3, "action_latency", "0 to 3 control steps", cfg.action_latency)
+    require(0 <= cfg.command_ends < 1, "command_ends", "a number from 0 to below 1", cfg.command_ends)
     low, high = cfg.latency_range
     room = MAX_LATENCY - cfg.action_latency
     require(0 <= low <= high <= room, "latency_range", f"two rising numbers within 0 to {room}", cfg.latency_range)
@@ -529,7 +532,8 @@ class Go2Env(VectorEnv):
     def _sample_commands(self) -> torch.Tensor:
         if self.fixed_commands is not None:
             return self.fixed_commands.clone()
-        command = self._command_low + self._command_span * self._uniform(self.num_envs, len(self._command_low))
+        share = self._uniform(self.num_envs, len(self._command_low), low=-0.5, high=0.5) / (1 - self.cfg.command_ends)
+        command = self._command_low + self._command_span * (0.5 + share.clamp(-0.5, 0.5))
         stand = self._uniform(self.num_envs) < self.cfg.standing_fraction
         command[:, :3] *= ~stand[:, None]
         if self.cfg.commands == "full":
