@@ -1,6 +1,6 @@
 """PPO for the tasks of Isaac Lab, mjlab and Gymnasium: continuous or discrete actions, an MLP or an LSTM, one file.
 
-    python ppo_continuous_isaac.py --env-id HalfCheetah-v5
+    python ppo_continuous_isaac.py --env-id HalfCheetah-v5 --compile
     python ppo_continuous_isaac.py --env-id Isaac-Cartpole-Direct --num-envs 4096 --physics newton_mjwarp
     python ppo_continuous_isaac.py --env-id CartPoleMasked-v0 --lstm
 
