@@ -8,7 +8,8 @@ PY="${PYTHON:-.venv/bin/python}"
 
 $PY benchmark/go2_env_speed.py                                       # 12 min
 $PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 40 min: 3 trainings, 120 evaluations
-$PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3                         # 45 min
+# One discount, one desired KL and a free standard deviation on both sides.
+$PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3 --final-gamma 0.97 --final-kl 0.02 --final-std 0 --min-std 0.01 # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
 $PY benchmark/go2_variants.py --seeds 1                              # 12 min
 $PY benchmark/go2_reference.py --minutes 60                          # 75 min
