@@ -15,7 +15,6 @@ place here; docs/details.md gives the reason for each.
 import copy
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -287,6 +286,11 @@ class Agent(nn.Module):
     def std(self):  # (action_dim,)
         return self.actor_logstd.clamp(self.min_logstd, math.log(10.0)).exp()
 
+    @torch.no_grad()
+    def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
+        if self.nvec is None:
+            self.actor_logstd.clamp_(self.min_logstd, math.log(10.0))
+
     def get_value(self, obs, state=None, starts=None):  # (..., obs_dim) -> (...,)
         value, states = self.critic(obs[..., -self.critic_dim :], state, starts)
         return value.squeeze(-1), states
@@ -439,9 +443,7 @@ def check_args(args: Args):
         cli.fail(str(error))
     accelerated = args.compile or args.cuda_graphs
     cli.check(not (args.lstm and accelerated), "--lstm got --compile or --cuda-graphs beside it; it takes neither")
-    compiler = os.environ.get("CXX", "g++")
-    missing = args.compile and args.device == "cpu" and not shutil.which(compiler)
-    cli.check(not missing, f"--compile needs a C++ compiler; there is no {compiler}; install g++ or name one in CXX")
+    cli.check_compiler(args)
 
 
 def make(args: Args, num_envs: int, seed: int, **more):
@@ -489,22 +491,24 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
-    params = [p for p in agent.parameters() if p.requires_grad]
-    sizes = [p.numel() for p in params]
-    # All parameters are views of one vector: one tensor for Adam.
-    flat_params = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-    nn.utils.vector_to_parameters(flat_params, params)
-    learning_rate = torch.tensor(args.learning_rate, device=device)
-    # detail 3: Adam's epsilon
-    optimizer = torch.optim.Adam([flat_params], lr=learning_rate, eps=1e-5, fused=True)
-    # All gradients, and the KL divergence beside them, are one vector: one all-reduce, one norm.
-    flat_grad = torch.zeros(len(flat_params) + 1, device=device)
-    flat_params.grad = flat_grad[:-1]
+    learning_rate, desired_kl = torch.tensor(args.learning_rate, device=device), args.desired_kl
 
     def policy(obs, *memory):
         with torch.no_grad():
             params, states = agent.get_params(agent.normalise(obs), *memory)
             return agent.sample(params), states
+
+    # === update ===
+    params = list(agent.parameters())
+    sizes = [p.numel() for p in params]
+    # All parameters are views of one vector: one tensor for Adam.
+    flat_params = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat_params, params)
+    # detail 3: Adam's epsilon
+    optimizer = torch.optim.Adam([flat_params], lr=learning_rate, eps=1e-5, fused=True)
+    # All gradients, and the KL divergence beside them, are one vector: one all-reduce, one norm.
+    flat_grad = torch.zeros(len(flat_params) + 1, device=device)
+    flat_params.grad = flat_grad[:-1]
 
     def compute_gradients(*minibatch):
         loss, stats = ppo_loss(agent, args, *minibatch)
@@ -515,16 +519,14 @@ def main(args: Args):
     def apply_gradients():
         flat_grad.div_(world_size)
         if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
-            learning_rate.copy_(adapt_learning_rate(learning_rate, flat_grad[-1], args.desired_kl))
+            learning_rate.copy_(adapt_learning_rate(learning_rate, flat_grad[-1], desired_kl))
         grads = flat_grad[:-1]
         norm = grads.norm()
         finite = torch.isfinite(norm)
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
         adam_step()
-        if agent.nvec is None:
-            with torch.no_grad():
-                agent.actor_logstd.clamp_(agent.min_logstd, math.log(10.0))  # beyond, it has no gradient
+        agent.clamp_std()
         return norm, ~finite
 
     def update(*minibatch):
@@ -559,6 +561,7 @@ def main(args: Args):
             update = torch.compile(update)
     if capture:
         policy, compute_gradients = CudaGraph(policy), CudaGraph(compute_gradients)
+    # === end update ===
 
     def split(x, inds):
         """x as num_minibatches minibatches: of single samples, or with an LSTM of whole sequences."""
@@ -584,8 +587,6 @@ def main(args: Args):
     saved = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if saved:
         load_agent(agent, saved, "--resume")
-        one_vector = len(saved["optimizer"]["param_groups"][0]["params"]) == 1
-        cli.check(one_vector, "--resume got a checkpoint of an older version; it takes one of this version")
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(saved["learning_rate"])

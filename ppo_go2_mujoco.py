@@ -15,7 +15,6 @@ no place here; docs/details.md gives the reason for each.
 
 import math
 import os
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -212,6 +211,10 @@ class Agent(nn.Module):
     def std(self):  # (action_dim,)
         return self.actor_logstd.clamp(self.logstd_limits[0], self.logstd_limits[1]).exp()
 
+    @torch.no_grad()
+    def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
+        self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
+
     def get_value(self, obs):  # (batch, obs_dim) -> (batch,)
         with self.autocast(obs):
             value = self.critic(obs)
@@ -324,9 +327,7 @@ def check_args(args: Args):
     what = f"a divisor of the {per_rank} samples per rank and iteration"
     require_that(per_rank % args.num_minibatches == 0, "num_minibatches", what)
     require_that(args.eval_only or not args.save_trajectories, "save_trajectories", "a file only with --eval-only")
-    compiler = os.environ.get("CXX", "g++")
-    missing = args.compile and args.device == "cpu" and not shutil.which(compiler)
-    cli.check(not missing, f"--compile needs a C++ compiler; there is no {compiler}; install g++ or name one in CXX")
+    cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
             Go2Env(1, args.device, **env_config(args) | {"physics_threads": 1})
@@ -367,21 +368,23 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(obs_dim, action_dim, args).to(device)
+    learning_rate, desired_kl = (torch.tensor(x, device=device) for x in (args.learning_rate, args.desired_kl))
+
+    def policy(obs):
+        with torch.no_grad():
+            return agent.sample(agent.get_mean(agent.normalise(obs)))
+
+    # === update ===
     params = list(agent.parameters())
     sizes = [p.numel() for p in params]
     # All parameters are views of one vector: one tensor for Adam.
     flat_params = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
     nn.utils.vector_to_parameters(flat_params, params)
-    learning_rate, desired_kl = (torch.tensor(x, device=device) for x in (args.learning_rate, args.desired_kl))
     # detail 3: Adam's epsilon
     optimizer = torch.optim.Adam([flat_params], lr=learning_rate, eps=1e-5, fused=True)
     # All gradients, and the KL divergence beside them, are one vector: one all-reduce, one norm.
     flat_grad = torch.zeros(len(flat_params) + 1, device=device)
     flat_params.grad = flat_grad[:-1]
-
-    def policy(obs):
-        with torch.no_grad():
-            return agent.sample(agent.get_mean(agent.normalise(obs)))
 
     def compute_gradients(*minibatch):
         loss, stats = ppo_loss(agent, args, *minibatch)
@@ -399,8 +402,7 @@ def main(args: Args):
         scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # detail 11: global gradient clipping
         grads.copy_(torch.where(finite, grads * scale, 0.0))
         adam_step()
-        with torch.no_grad():
-            agent.actor_logstd.clamp_(agent.logstd_limits[0], agent.logstd_limits[1])  # beyond, it has no gradient
+        agent.clamp_std()
         return norm, ~finite
 
     def update(*minibatch):
@@ -435,6 +437,7 @@ def main(args: Args):
             update = torch.compile(update)
     if capture:
         policy, compute_gradients = CudaGraph(policy), CudaGraph(compute_gradients)
+    # === end update ===
 
     # --- storage, allocated once
     T, N = args.num_steps, num_envs
@@ -450,8 +453,6 @@ def main(args: Args):
     state = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if state:
         load_agent(agent, state, "--resume")
-        one_vector = len(state["optimizer"]["param_groups"][0]["params"]) == 1
-        cli.check(one_vector, "--resume got a checkpoint of an older version; it takes one of this version")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(state["learning_rate"])
@@ -495,7 +496,7 @@ def main(args: Args):
         if args.final_std:
             fraction = min(1.0, global_step / args.std_anneal_steps)
             agent.logstd_limits[1] = math.log((1 - fraction) * args.init_std + fraction * args.final_std)
-            agent.actor_logstd.data.clamp_(max=agent.logstd_limits[1])
+            agent.clamp_std()
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):
@@ -513,16 +514,17 @@ def main(args: Args):
 
         # --- bootstrap and advantages
         with torch.no_grad():
-            b_means = agent.get_mean(agent.normalise(obs.view(-1, obs_dim)))
-            b_logprobs = agent.log_prob(b_means, actions.view(-1, action_dim))
+            b_obs, b_actions = agent.normalise(obs.view(-1, obs_dim)), actions.view(-1, action_dim)
+            b_means = agent.get_mean(b_obs)
+            b_logprobs = agent.log_prob(b_means, b_actions)
             last_obs = next_obs
             if args.mirror:  # Mittal et al. 2024 (arXiv 2403.04359); the log-probabilities stay those of the sampling
                 half = torch.rand(N, 1, device=device) < 0.5
                 seen = obs, final_obs, next_obs
                 obs, final_obs, last_obs = (torch.where(half, envs.mirror_obs(x), x) for x in seen)
                 actions = torch.where(half, envs.mirror_actions(actions), actions)
-                b_means = agent.get_mean(agent.normalise(obs.view(-1, obs_dim)))
-            b_obs, b_actions = agent.normalise(obs.view(-1, obs_dim)), actions.view(-1, action_dim)
+                b_obs, b_actions = agent.normalise(obs.view(-1, obs_dim)), actions.view(-1, action_dim)
+                b_means = agent.get_mean(b_obs)
             b_values = agent.get_value(b_obs)
             # A time limit is no failure: its reward includes the value of the true last observation.
             limits = truncations.nonzero(as_tuple=True)

@@ -58,12 +58,11 @@ def compare_learning(folder: Path, flags: list, args) -> list[dict]:
     """One row per seed, side and checkpoint."""
     flags = [*flags, "--precision", args.quality_precision, "--hidden", *args.networks[0].split(",")]
     flags += ["--total-timesteps", args.samples, "--checkpoint-interval", args.eval_interval]
-    sides = {"ours": (OURS, []), "rsl_rl": (PEER, [])}
     rows = []
     for seed in args.seeds:
-        for side, (script, extra) in sides.items():
+        for side, script in {"ours": OURS, "rsl_rl": PEER}.items():
             run_dir = folder / f"learning_{seed}_{side}"
-            summary = train(script, run_dir, [*flags, *extra, "--seed", seed])
+            summary = train(script, run_dir, [*flags, "--seed", seed])
             saved = tools.checkpoints(run_dir)
             if side == "ours":
                 env_config = tools.load_policy(saved[-1][1])[1]  # both train and are evaluated in this one

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import re
+import shutil
 import sys
 import types
 import typing
@@ -85,6 +86,13 @@ def check(condition: bool, message: str) -> None:
     """`fail(message)` unless `condition` holds."""
     if not condition:
         fail(message)
+
+
+def check_compiler(args) -> None:
+    """`args.compile` on a CPU needs the C++ compiler that torch calls."""
+    compiler = os.environ.get("CXX", "g++")
+    missing = args.compile and args.device == "cpu" and not shutil.which(compiler)
+    check(not missing, f"--compile needs a C++ compiler; there is no {compiler}; install g++ or name one in CXX")
 
 
 def require(module: str, package: str) -> types.ModuleType:

@@ -15,9 +15,9 @@ from common.physics import BatchedMujoco, resolve_backend
 
 ASSET = Path(__file__).parent.parent / "assets" / "go2.xml"
 LEGS = ("FR", "FL", "RR", "RL")
+JOINTS = tuple(f"{leg}_{part}_joint" for leg in LEGS for part in ("hip", "thigh", "calf"))
 # Left and right exchanged: legs change places, and of their joints' angles the hip's changes its sign.
 MIRRORED_JOINTS, MIRRORED_SIGNS = (3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8), (-1.0, 1.0, 1.0) * 4
-JOINTS = tuple(f"{leg}_{part}_joint" for leg in LEGS for part in ("hip", "thigh", "calf"))
 DEFAULT_POSE = (0.0, 0.8, -1.5, 0.0, 0.8, -1.5, 0.0, 1.0, -1.5, 0.0, 1.0, -1.5)  # rad, Genesis go2_train.py
 TORQUE_LIMITS = (23.7, 23.7, 45.43) * 4  # Nm, Unitree's published Go2 description
 CONTROL_DT = 0.02  # s
@@ -285,11 +285,8 @@ class Go2Env(VectorEnv):
         noise += (NOISE[1] * ANG_VEL_SCALE,) * 3 + (NOISE[2],) * 3 + (0.0,) * len(names)
         noise += (NOISE[3],) * 12 + (NOISE[4] * DOF_VEL_SCALE,) * 12 + (0.0,) * 12
         self._noise = self._tensor(noise) * cfg.observation_noise
-        mirror = [((0, 1, 2), (1.0, -1.0, 1.0))] if cfg.observation == "full" else []
-        mirror += [
-            ((0, 1, 2), (-1.0, 1.0, -1.0)),
-            ((0, 1, 2), (1.0, -1.0, 1.0)),
-        ]  # a rotation, a vector
+        vector, rotation = ((0, 1, 2), (1.0, -1.0, 1.0)), ((0, 1, 2), (-1.0, 1.0, -1.0))
+        mirror = [vector, rotation, vector] if cfg.observation == "full" else [rotation, vector]
         mirror += [(range(len(names)), (1.0, -1.0, -1.0, 1.0, 1.0)[: len(names)])]
         mirror += [(MIRRORED_JOINTS, MIRRORED_SIGNS)] * 3
         order, signs = [], []
