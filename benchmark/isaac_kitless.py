@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from rsl_rl_config import runner_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,19 +56,8 @@ def train_rsl_rl(args) -> dict:
     preset = ppo.Args(**ppo.PRESETS[ppo.default_preset(ppo.Args(env_id=args.env_id))])
     torch.manual_seed(args.seed)
     envs = make_env(args.env_id, args.num_envs, "cpu", args.seed, compute_final_obs=False)
-    model = {"class_name": "MLPModel", "hidden_dims": list(preset.hidden), "activation": preset.activation}
-    model |= {"obs_normalization": preset.norm_obs}
-    gaussian = {"class_name": "GaussianDistribution", "init_std": preset.init_std, "std_type": "scalar"}
-    algorithm = {"class_name": "PPO", "num_learning_epochs": preset.update_epochs, "clip_param": preset.clip_coef}
-    algorithm |= {"num_mini_batches": preset.num_minibatches, "gamma": preset.gamma, "lam": preset.gae_lambda}
-    algorithm |= {"entropy_coef": preset.ent_coef, "max_grad_norm": preset.max_grad_norm, "schedule": "adaptive"}
-    algorithm |= {"value_loss_coef": preset.vf_coef / 2, "use_clipped_value_loss": preset.clip_vloss}
-    algorithm |= {"learning_rate": preset.learning_rate, "desired_kl": preset.desired_kl}
-    config = {"num_steps_per_env": preset.num_steps, "save_interval": 0, "algorithm": algorithm}
-    config |= {"obs_groups": {"actor": ["policy"], "critic": ["policy"]}, "critic": model}
-    config |= {"actor": model | {"distribution_cfg": gaussian}}
     wrapper = RslRlVecEnvWrapper(envs.env, clip_actions=args.clip_actions or None)
-    runner = OnPolicyRunner(wrapper, config, log_dir=None, device="cpu")
+    runner = OnPolicyRunner(wrapper, runner_config(preset, std_type="scalar"), log_dir=None, device="cpu")
     began = time.time()
     runner.learn(args.iterations, init_at_random_ep_len=True)
     steps = args.iterations * preset.num_steps * args.num_envs

@@ -19,9 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+from rsl_rl_config import runner_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import ppo_continuous_isaac as ppo
 from common import cli
 from common.logger import write_json
 
@@ -121,16 +123,8 @@ def train_rsl_rl(args) -> float:
             return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
 
     torch.manual_seed(args.seed)
-    model = {"class_name": "MLPModel", "hidden_dims": list(HIDDEN), "activation": "tanh", "obs_normalization": True}
-    gaussian = {"class_name": "GaussianDistribution", "init_std": 1.0, "std_type": "log"}
-    algorithm = {"class_name": "PPO", "num_learning_epochs": EPOCHS, "num_mini_batches": MINIBATCHES}
-    algorithm |= {"clip_param": 0.2, "gamma": 0.99, "lam": 0.95, "entropy_coef": 0.0, "max_grad_norm": 0.5}
-    # Its value loss has no factor 0.5, so this is a coefficient of 0.5 elsewhere.
-    algorithm |= {"value_loss_coef": 0.25, "use_clipped_value_loss": True, "learning_rate": LEARNING_RATE}
-    algorithm |= {"schedule": "fixed", "desired_kl": None, "normalize_advantage_per_mini_batch": True}
-    config = {"num_steps_per_env": args.num_steps, "save_interval": 0, "algorithm": algorithm}
-    config |= {"obs_groups": {"actor": ["policy"], "critic": ["policy"]}, "critic": model}
-    config |= {"actor": model | {"distribution_cfg": gaussian}}
+    settings = {"hidden": HIDDEN, "num_steps": args.num_steps, "num_minibatches": MINIBATCHES, "update_epochs": EPOCHS}
+    config = runner_config(ppo.Args(**settings, learning_rate=LEARNING_RATE, clip_vloss=True))
     runner = runners.OnPolicyRunner(Adapter(), config, log_dir=None, device="cpu")
     runner.learn(args.warm_up)
     began = time.perf_counter()

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from rsl_rl_config import runner_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -53,37 +54,6 @@ class Adapter(rsl_rl_env.VecEnv):
     def step(self, actions):
         self.obs, reward, terminated, truncated, _ = self.env.step(actions)
         return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
-
-
-def runner_config(args: ppo.Args) -> dict:
-    model = {"class_name": "MLPModel", "hidden_dims": list(args.hidden), "activation": "elu"}
-    model |= {"obs_normalization": args.norm_obs}
-    gaussian = {"class_name": "GaussianDistribution", "init_std": args.init_std, "std_type": "log"}
-    return {
-        "num_steps_per_env": args.num_steps,
-        "save_interval": 0,  # read only with a writer
-        "torch_compile_mode": "default" if args.compile else None,  # of actor and critic
-        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
-        "actor": model | {"distribution_cfg": gaussian},
-        "critic": model,
-        "algorithm": {
-            "class_name": "PPO",
-            "num_learning_epochs": args.update_epochs,
-            "num_mini_batches": args.num_minibatches,
-            "clip_param": args.clip_coef,
-            "gamma": args.gamma,
-            "lam": args.gae_lambda,
-            "value_loss_coef": args.vf_coef / 2,  # its value loss has no factor 0.5
-            "entropy_coef": args.ent_coef,
-            "learning_rate": args.learning_rate,
-            "max_grad_norm": args.max_grad_norm,
-            "use_clipped_value_loss": args.clip_vloss,
-            "schedule": "adaptive",
-            "desired_kl": args.desired_kl,
-            "normalize_advantage_per_mini_batch": args.norm_adv,
-            "use_mixed_precision": args.precision == "bfloat16",
-        },
-    }
 
 
 def main():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import alive, differences, finish, wait_for
 
 import ppo_go2_mujoco as ppo
 from common import checkpoint, distributed
@@ -44,49 +45,6 @@ def start(*argv, ranks=0, program=(sys.executable,), cwd=ROOT, environment=None)
         start_new_session=True,
         preexec_fn=one_core if ranks == 1 and CORES else None,
     )
-
-
-def finish(process, code=0, timeout=200):
-    """(stdout, stderr) of a run that must end with `code`."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def alive(group: int) -> list[int]:
-    """The processes of a group that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state not in "ZX":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def same(a, b, path=""):
-    """Names of the leaves in which two states differ, bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        return [name for key in a for name in same(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        return [name for i, (x, y) in enumerate(zip(a, b, strict=True)) for name in same(x, y, f"{path}.{i}")]
-    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if equal else [path]
 
 
 def learned(path, keys=("agent", "optimizer", "learning_rate", "global_step", "iteration")):
@@ -191,15 +149,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, flags):
     begin = tmp_path / "a" / "checkpoints" / "model_3.pt"
     finish(start("--resume", begin, "--log-dir", tmp_path / "b", ranks=1))
     names = [folder / "checkpoints" / "model_6.pt" for folder in (tmp_path / "a", tmp_path / "b")]
-    assert same(*(learned(name) for name in names)) == []
-    assert "agent.actor_mean.0.weight" in " ".join(same(learned(begin), learned(names[0])))  # it went on learning
+    assert differences(*(learned(name) for name in names)) == []
+    assert "agent.actor_mean.0.weight" in " ".join(
+        differences(learned(begin), learned(names[0]))
+    )  # it went on learning
 
 
 def test_a_run_of_two_ranks_resumes_exactly(finished, tmp_path):
     begin = finished[0] / "checkpoints" / "model_3.pt"
     finish(start("--resume", begin, "--log-dir", tmp_path, ranks=2))
     a, b = (learned(folder / "checkpoints" / "model_6.pt") for folder in (finished[0], tmp_path))
-    assert same(a, b) == []
+    assert differences(a, b) == []
 
 
 def test_resume_goes_on_in_the_same_folder_to_more_iterations(tmp_path):

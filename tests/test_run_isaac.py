@@ -7,7 +7,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from gymnasium.spaces import Box, MultiBinary
+from helpers import alive, differences, finish, wait_for
 
 import ppo_continuous_isaac as ppo
 from common import checkpoint, distributed
@@ -61,36 +61,6 @@ def start(*argv, cwd=ROOT):
         text=True,
         start_new_session=True,
     )
-
-
-def finish(process, timeout=300):
-    """(stdout, stderr) of a process that must end with exit code 0."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def group_is_gone(group: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, 0)
-        return False
-    return True
-
-
-def differences(a, b, path=""):
-    """Names of the leaves in which two states differ, bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        return [name for key in a for name in differences(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        return [name for i, (x, y) in enumerate(zip(a, b, strict=True)) for name in differences(x, y, f"{path}.{i}")]
-    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if equal else [path]
 
 
 def learned(path):
@@ -303,10 +273,7 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, number, to_all):
             assert process.poll() is None
         (os.killpg if to_all else os.kill)(process.pid, number)
         out, err = finish(process)
-        deadline = time.time() + 10
-        while not group_is_gone(process.pid):
-            assert time.time() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: alive(process.pid) == [], 10)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
