@@ -56,6 +56,8 @@ ISAAC = dict(
 )
 PRESETS = {
     "mujoco": {},
+    # Its actions end at 0.4, and an episode's first steps decide whether it falls.
+    "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9, init_std=0.4),
     "classic": dict(
         num_steps=32,
         total_timesteps=100_000,
@@ -95,6 +97,7 @@ TASKS = {
     "CartPoleMasked*": "memory",
     "CartPole*": "classic",
     "Acrobot*": "classic",
+    "Humanoid-*": "mujoco-humanoid",
     "*": "mujoco",
 }
 

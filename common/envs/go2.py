@@ -401,9 +401,11 @@ class Go2Env(VectorEnv):
         info["episode"] |= {name: self.totals[1 + i] / length for i, name in enumerate(self.metric_names)}
         changed = self._new_commands()
         # Asking whether any episode ended saves the CPU this work; on a GPU the question would stall the queue.
-        if self.device.type == "cuda" or bool((changed | done).any()):
+        on_gpu = self.device.type == "cuda"
+        if on_gpu or bool(done.any()):
             self._reset(done)
             self._read_state()
+        if on_gpu or bool((changed | done).any()):
             obs = self._observe(done, refresh=True)
         return obs, reward, terminated, truncated, info
 
