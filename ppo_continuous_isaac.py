@@ -56,7 +56,7 @@ ISAAC = dict(
 )
 PRESETS = {
     "mujoco": {},
-    # Its actions end at 0.4, and an episode's first steps decide whether it falls.
+    # Its actions are bounded by 0.4, and its episodes last two seconds until it learns to stand.
     "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9, init_std=0.4),
     "classic": dict(
         num_steps=32,
