@@ -53,11 +53,11 @@ ISAAC = dict(
     max_grad_norm=1.0,
     norm_reward=False,
     activation="elu",
+    init_std=1.0,
 )
 PRESETS = {
     "mujoco": {},
-    # Its actions are bounded by 0.4, and its episodes last two seconds until it learns to stand.
-    "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9, init_std=0.4),
+    "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9),
     "classic": dict(
         num_steps=32,
         total_timesteps=100_000,
@@ -166,7 +166,7 @@ class Args(cli.RunArgs):
     """an LSTM in front of each network's hidden layers"""
     lstm_size: int = 128
     """its width"""
-    init_std: float = 1.0
+    init_std: float = 0.4
     """initial standard deviation of continuous actions"""
     min_std: float = 0.01
     """smallest standard deviation"""
