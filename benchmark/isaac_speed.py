@@ -43,7 +43,7 @@ def measure(side: str, num_envs: int, run_dir: Path, script: Path | None, args) 
     if side in OURS:
         flags += ["--total-timesteps", args.iterations * BATCH_SIZE, "--preset", "mujoco", "--clip-vloss"]
         flags += ["--log-interval", args.warm_up, "--checkpoint-interval", args.iterations, "--log-dir", run_dir]
-        flags += ["--eval-episodes", 1, "--no-save-video", "--device", "cpu", *OURS[side]]
+        flags += ["--init-std", 1, "--eval-episodes", 1, "--no-save-video", "--device", "cpu", *OURS[side]]
         tools.finish(tools.start("ppo_continuous_isaac.py", flags, log, **popen), log)
         return tools.logged_rate(run_dir, args.warm_up * BATCH_SIZE)
     if side.startswith("cleanrl"):
