@@ -12,8 +12,8 @@ import time
 import tools
 
 VARIANTS = {
-    # Jumps need large actions, so the noise that finds them has to last longer.
-    "full commands": ["--commands", "full", "--std-anneal-steps", 3_000_000, "--num-iterations", 640],
+    # Jumps need large actions, so the noise that finds them has to last longer; and they go on growing for long.
+    "full commands": ["--commands", "full", "--std-anneal-steps", 3_000_000, "--num-iterations", 1000],
     "real robot": ["--observation", "proprioceptive", "--history", 5, "--randomise", "--num-iterations", 640],
 }
 
