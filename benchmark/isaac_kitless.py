@@ -85,7 +85,7 @@ def in_a_process(side: str, args, seed: int, folder: Path) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-id", default="Isaac-Cartpole-Direct-v0")
+    parser.add_argument("--env-id", default="Isaac-Cartpole-Direct")
     parser.add_argument("--num-envs", type=int, default=512)
     parser.add_argument("--iterations", type=int, default=75)
     parser.add_argument("--clip-actions", type=float, default=0.0)

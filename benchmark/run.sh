@@ -11,7 +11,7 @@ $PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 40 min: 3
 # One discount, one desired KL and a free standard deviation on both sides.
 $PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3 --final-gamma 0.97 --final-kl 0.02 --final-std 0 --min-std 0.01 # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
-$PY benchmark/go2_variants.py --seeds 1                              # 12 min
+$PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 60                          # 75 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
@@ -20,6 +20,8 @@ $PY benchmark/isaac_speed.py ${CLEANRL:+--cleanrl "$CLEANRL"} ${SB3:+--sb3 "$SB3
 $PY benchmark/gym_mujoco.py --seeds 1 2 3 --headline-seeds 1 2 3 4 5 ${CLEANRL:+--cleanrl "$CLEANRL"} # 4 h
 if [ -n "$ISAAC_PYTHON" ]; then  # the Python of an environment with Isaac Lab 3.x, docs/isaac.md
     $ISAAC_PYTHON benchmark/isaac_kitless.py --seeds 1 2 3           # 10 min
+    $ISAAC_PYTHON benchmark/isaac_kitless.py --env-id Isaac-Ant-Direct --iterations 64 --clip-actions 1 --seeds 1 --no-peer \
+        --eval-interval 16                                           # 15 min
 fi
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU
