@@ -96,7 +96,8 @@ def test_training_keeps_the_pole_up_far_longer_than_random_actions(tmp_path):
     command += ["--num-envs", "512", "--num-iterations", "50", "--eval-episodes", "512", "--no-save-video"]
     subprocess.run([*command, "--log-dir", tmp_path / "run"], check=True, cwd=ROOT)
     result = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert result["mean_return"] > 200  # about 300 at best; random actions get less than 0
+    best = 300 if task.endswith("-v0") else 5  # 3.0 pays per second what its beta pays per step
+    assert result["mean_return"] > best * 2 / 3  # random actions get less than a hundredth of it
 
 
 # --- the program
