@@ -590,7 +590,7 @@ def main(args: Args):
     saved = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if saved:
         load_agent(agent, saved, "--resume")
-        optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_optimizer(optimizer, saved["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(saved["learning_rate"])
         iteration, global_step = saved["iteration"], saved["global_step"]

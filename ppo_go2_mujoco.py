@@ -453,7 +453,7 @@ def main(args: Args):
     state = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if state:
         load_agent(agent, state, "--resume")
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(optimizer, state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(state["learning_rate"])
         iteration, global_step = state["iteration"], state["global_step"]

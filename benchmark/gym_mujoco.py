@@ -231,7 +231,6 @@ def plot(stored: list[dict], games: list[str], path: Path):
             ax.axhspan(mean - std, mean + std, color="black", alpha=0.08, linewidth=0)
         ax.set_title(game, fontsize=10)
         ax.set_xlabel("million steps", fontsize=9)
-        ax.set_xlabel("million steps", fontsize=9)
     for ax in axes[len(games) :]:
         ax.set_axis_off()
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}

@@ -6,6 +6,8 @@ def runner_config(args, std_type: str = "log") -> dict:
     model = {"class_name": "MLPModel", "hidden_dims": list(args.hidden), "obs_normalization": args.norm_obs}
     model |= {"activation": getattr(args, "activation", "elu")}
     gaussian = {"class_name": "GaussianDistribution", "init_std": args.init_std, "std_type": std_type}
+    # rsl_rl before 5.5 does not know this setting.
+    mixed = {"use_mixed_precision": True} if getattr(args, "precision", "float32") == "bfloat16" else {}
     return {
         "num_steps_per_env": args.num_steps,
         "save_interval": 0,  # read only with a writer
@@ -28,6 +30,6 @@ def runner_config(args, std_type: str = "log") -> dict:
             "schedule": "adaptive" if args.desired_kl else "fixed",
             "desired_kl": args.desired_kl or None,
             "normalize_advantage_per_mini_batch": args.norm_adv,
-            "use_mixed_precision": getattr(args, "precision", "float32") == "bfloat16",
+            **mixed,
         },
     }

@@ -53,6 +53,14 @@ def load(path: str | Path, script: str, device: str | torch.device = "cpu", flag
     return state
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, flag: str = "--resume") -> None:
+    """`optimizer.load_state_dict(state)`; one of other parameters, as older versions saved, ends with one sentence."""
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        fail(f"{flag} got a checkpoint of an older version; it takes one of this version")
+
+
 def latest(path: str | Path, flag: str = "--resume") -> Path:
     """The checkpoint to resume from: `path` itself if a file, else the newest readable `model_{iteration}.pt` of a run.
 

@@ -183,3 +183,19 @@ def test_export_onnx_of_a_policy_with_a_state(tmp_path):
             actions, memory = session.run(None, {"obs": obs.numpy(), "state": memory})
             np.testing.assert_allclose(actions, expected, atol=1e-5)
             np.testing.assert_allclose(memory, state, atol=1e-5)
+
+
+def test_the_optimizer_of_an_older_version_costs_one_sentence(capsys):
+    def adam(*sizes):
+        return torch.optim.Adam([torch.nn.Parameter(torch.ones(n)) for n in sizes], lr=0.5)
+
+    one = adam(3)
+    one.param_groups[0]["params"][0].grad = torch.ones(3)
+    one.step()
+    again = adam(3)
+    checkpoint.load_optimizer(again, one.state_dict())
+    assert torch.equal(*(o.state_dict()["state"][0]["exp_avg"] for o in (one, again)))
+    with pytest.raises(SystemExit) as end:  # older versions had one entry per tensor
+        checkpoint.load_optimizer(again, adam(1, 2).state_dict())
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "--resume got a checkpoint of an older version" in err
