@@ -23,6 +23,9 @@ CHECKS = {
 }
 
 
+START_SECONDS = 2.0  # once in its stride a trained robot does not fall; the rare falls are right after the spawn
+
+
 def train(run_dir: Path, flags: list) -> list[tuple[int, Path, float]]:
     """[(iteration, checkpoint, seconds from the start of the process until it was on the disk)]."""
     log = run_dir.with_suffix(".log")
@@ -86,6 +89,7 @@ def main():
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--checkpoint-interval", type=int, default=10, help="iterations; how finely time is resolved")
     parser.add_argument("--eval-episodes", type=int, default=128)
+    parser.add_argument("--starts", type=int, default=10_000, help="episodes of 2 s over all commands, after training")
     args, flags = parser.parse_known_args()
     began, folder = time.time(), tools.new_folder(args, "go2_time_to_walk")
     flags = ["--preset", args.preset, "--checkpoint-interval", args.checkpoint_interval, *flags]
@@ -105,10 +109,14 @@ def main():
             final[name] = tools.evaluate_grid(agent, env_config | changes, episodes=args.eval_episodes)
             final[name]["meets_goal"] = meets_goal(final[name])
             print(f"  {name}: {final[name]['falls']} falls, error {final[name]['lin_vel_error']:.3f} m/s")
+        starts = tools.evaluate_grid(agent, env_config | {"episode_seconds": START_SECONDS}, episodes=args.starts)
+        starts = {k: starts[k] for k in ("episodes", "falls", "fall_rate", "fall_ci95", "fallen_commands")}
+        print(f"  {starts['falls']} falls in {starts['episodes']} starts")
         walk = time_to_walk(curve)
         print(f"  walks after {walk['seconds']} s, kept: {walk['kept']}")
         start_up = curve[0]["seconds"] - curve[0]["seconds_training"]
-        runs[seed] = {"walk": walk, "start_up_seconds": start_up, "final": final, "curve": curve}
+        runs[seed] = {"walk": walk, "start_up_seconds": start_up, "final": final, "starts": starts}
+        runs[seed]["curve"] = curve
 
     walks = [run["walk"] for run in runs.values()]
     finals = {name: [run["final"][name] for run in runs.values()] for name in CHECKS}
@@ -118,6 +126,8 @@ def main():
         "steps_to_walk": tools.spread([walk["steps"] for walk in walks]),
         "kept_by_all_later_checkpoints": [walk["kept"] for walk in walks],
         "seconds_of_training": tools.spread([run["curve"][-1]["seconds"] for run in runs.values()]),
+        "falls_in_starts": tools.spread([run["starts"]["falls"] for run in runs.values()]),
+        "starts": starts["episodes"],
         "final": {
             name: {key: tools.spread([r[key] for r in results]) for key in ("falls", "lin_vel_error", "yaw_rate_error")}
             | {"meets_goal": [r["meets_goal"] for r in results]}
