@@ -76,7 +76,7 @@ def plot(runs: dict, path: Path):
             for ax in axes:
                 ax.axvline(run["walk"]["seconds"], color=line.get_color(), linestyle=":", linewidth=1)
     axes[1].axhline(tools.WALK_ERROR, color="black", linewidth=0.8)
-    axes[0].set(xlabel="wall time from process start (s)", ylabel="share of episodes with a fall")
+    axes[0].set(xlabel="wall time from process start (s)", ylabel="share of episodes with a fall", ylim=(-0.02, 1.02))
     axes[1].set(xlabel="wall time from process start (s)", ylabel="velocity error (m/s)", ylim=(0, 0.6))
     axes[0].legend()
     figure.suptitle("Go2, deterministic policy, vx 0.3 to 1.0 m/s; dotted: walks")
