@@ -689,9 +689,7 @@ def main(args: Args):
                 rewards[limits] += args.gamma * agent.get_value(agent.normalise(final_obs[limits]))[0]
             advantages = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
             returns = advantages + values
-            old_std = (
-                agent.std() if agent.nvec is None else torch.ones(1, device=device)
-            )  # of no use to discrete actions
+            old_std = agent.std() if agent.nvec is None else torch.ones(1, device=device)  # discrete: of no use
         batch = (b_obs, actions, logprobs, dist_params, advantages, returns, values)
 
         # --- update
@@ -814,9 +812,11 @@ def run_evaluation(agent: Agent, args: Args, envs=None) -> dict:
 
 
 def film(agent: Agent, args: Args, path: Path):
-    """One episode of the deterministic policy as an mp4. Isaac Lab films by its own recorder while it trains."""
-    if is_gymnasium(args):
-        settings = {"history": args.history, "render_mode": "rgb_array"}
+    """The start of an episode of the deterministic policy as an mp4, in an environment of its own. Isaac Lab, of which
+    a process can hold only one, films by its own recorder, with --capture-video.
+    """
+    if not args.env_id.startswith("Isaac"):
+        settings = {"history": args.history, "clip_actions": args.clip_actions, "render_mode": "rgb_array"}
         make_envs = partial(make_env, args.env_id, 1, args.device, args.seed, **settings)
         record_video(agent, make_envs, path, args.seed + 20_000, agent.zero_state(1))
 
@@ -834,10 +834,11 @@ def export(agent: Agent, args: Args, path: Path):
 def evaluate_checkpoint(args: Args):
     """--eval-only: metrics and video of --model-path."""
     state = checkpoint.load(args.model_path, SCRIPT, "cpu")
-    envs = make(args, min(args.eval_episodes, 16), args.seed + 10_000)
+    path, run_dir = Path(args.model_path), Path(args.log_dir)
+    video_dir = str(run_dir / "videos") if args.capture_video else ""
+    envs = make(args, min(args.eval_episodes, 16), args.seed + 10_000, video_dir=video_dir)
     agent = Agent(envs, args).to(args.device)
     load_agent(agent, state, "--model-path")
-    path, run_dir = Path(args.model_path), Path(args.log_dir)
     write_json(run_dir / "eval" / f"{path.stem}.json", run_evaluation(agent, args, envs))
     envs.close()
     if args.save_video:

@@ -46,6 +46,15 @@ def find_gl() -> str | None:
     return None
 
 
+def use_gl() -> str | None:
+    """`find_gl()`, and MuJoCo's renderer takes it; imported before, MuJoCo had picked an OpenGL for desktops."""
+    gl = find_gl()
+    if gl is not None:
+        gl_context = importlib.import_module("mujoco.rendering.classic.gl_context")
+        gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
+    return gl
+
+
 def install_command() -> list[str]:
     return ["apt-get", "install", "-y", "--no-install-recommends", *APT_PACKAGES]
 
@@ -69,15 +78,10 @@ class Recorder:
     """
 
     def __init__(self, model, path: str | Path, fps: int = 50, width: int = 640, height: int = 480, fast: bool = True):
-        gl = find_gl()
-        if gl is None:
+        if use_gl() is None:
             raise RuntimeError(missing_gl_message())
-        # Imported here because MuJoCo picks its OpenGL when it is first imported; where that was before find_gl() it
-        # picked one for desktops, so the one that works is put in its place.
-        import mujoco
-        from mujoco.rendering.classic import gl_context
+        import mujoco  # here, as Isaac Lab's environment need not have it
 
-        gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
         self.mujoco, self.model, self.path = mujoco, model, Path(path)
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
         model.vis.global_.offheight = max(model.vis.global_.offheight, height)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,25 @@ def test_go1_steps_with_a_critic_that_sees_more_than_the_policy():
 def test_an_unknown_task_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=CARTPOLE):
         make_env("Mjlab-Cartpole-Balanc", 4)
+
+
+def test_a_policy_is_filmed_in_an_environment_of_its_own(tmp_path):
+    import imageio_ffmpeg
+
+    import ppo_continuous_isaac as ppo
+    from common.video import find_gl
+
+    if find_gl() is None:
+        pytest.skip("nothing can render here")
+    args = ppo.Args(env_id=CARTPOLE, device="cpu", hidden=(8,))
+    env = ppo.make(args, 2, 1)
+    ppo.film(ppo.Agent(env, args), args, tmp_path / "a.mp4")
+    env.close()
+    frames = imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4"))
+    fps, pictures = next(frames)["fps"], [np.frombuffer(frame, np.uint8).astype(float) for frame in frames]
+    assert fps == 20 and len(pictures) == 200  # ten seconds of 0.05 s steps
+    assert pictures[0].std() > 10  # not one colour
+    assert abs(pictures[-1] - pictures[0]).max() > 50  # and something moved
 
 
 def test_training_balances_the_pole_far_better_than_random_actions(tmp_path):

@@ -823,7 +823,7 @@ def test_mjlab_is_told_not_to_reset(install):
             """,
         }
     )
-    env = make_env("Mjlab-Cartpole-Balance", 4, "cpu", 2, video_dir="videos")
+    env = make_env("Mjlab-Cartpole-Balance", 4, "cpu", 2, render_mode="rgb_array")
     assert (env.num_envs, env.sim.cfg.seed, env.sim.cfg.auto_reset, env.render_mode) == (4, 2, False, "rgb_array")
     env.reset()
     for _ in range(5):

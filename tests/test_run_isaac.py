@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio_ffmpeg
@@ -259,6 +260,24 @@ def test_a_task_that_cannot_be_drawn_costs_a_sentence_and_not_the_run(tmp_path, 
     film(env_id, tmp_path / "a.mp4")
     out = capsys.readouterr().out
     assert out.startswith("no video: ") and out.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("env_id", "filmed"), [("Mjlab-X", True), ("Isaac-X", False), ("IsaacContrib-X", False)])
+def test_mjlab_is_filmed_as_it_was_trained_and_isaac_lab_is_left_to_its_recorder(tmp_path, monkeypatch, env_id, filmed):
+    made = []
+
+    def make_env(*args, **settings):
+        made.append((args, settings))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(isaac_eval, "find_gl", lambda: "egl")
+    monkeypatch.setattr(ppo, "make_env", make_env)
+    args = ppo.Args(env_id=env_id, device="cpu", hidden=(8,), history=3, clip_actions=0.5)
+    space = SimpleNamespace(single_observation_space=Box(-1, 1, (2,)), single_action_space=Box(-1, 1, (1,)))
+    space.policy_dim = space.critic_dim = 2
+    ppo.film(ppo.Agent(space, args), args, tmp_path / "a.mp4")
+    settings = {"history": 3, "clip_actions": 0.5, "render_mode": "rgb_array"}
+    assert made == ([((env_id, 1, "cpu", 1), settings)] if filmed else [])
 
 
 # --- signals

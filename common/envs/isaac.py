@@ -23,6 +23,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, set_spaces, suggestion
+from common.video import use_gl
 
 # Tasks whose environments must all end at the same step, because their reset moves every robot of the scene.
 SYNCHRONOUS = ("Factory", "Forge", "AutoMate")
@@ -63,7 +64,7 @@ def make_env(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda:0")  # what Warp and Kit expect
     if env_id.startswith("Mjlab-"):
-        sim = _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, make_kwargs)
+        sim = _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, make_kwargs)
         return IsaacEnv(sim, env_id, seed, clip_actions, history, compute_final_obs)
     if env_id.startswith(("Isaac-", "IsaacContrib-")):
         stack = contextlib.ExitStack()
@@ -324,11 +325,11 @@ def _mjlab(env_id):
     return ManagerBasedRlEnv, load_env_cfg(env_id)
 
 
-def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, video_dir, make_kwargs):
+def _make_mjlab(env_id, num_envs, device, seed, compute_final_obs, make_kwargs):
     env_class, cfg = _mjlab(env_id)
     cfg.scene.num_envs, cfg.seed, cfg.auto_reset = num_envs, seed, not compute_final_obs
-    if video_dir:
-        make_kwargs = {"render_mode": "rgb_array"} | make_kwargs
+    if make_kwargs.get("render_mode"):
+        use_gl()
     return env_class(cfg=cfg, device=str(device), **make_kwargs)
 
 
