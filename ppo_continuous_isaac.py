@@ -36,8 +36,6 @@ from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_
 from common.physics import resolve_backend
 
 SCRIPT = "ppo_continuous_isaac"
-# Settings of a run that its checkpoint does not pass on.
-NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "batch_size", "minibatch_size")
 # Every flag that differs from the defaults of Args, which are those of `mujoco`. The rows of Isaac Lab and
 # mjlab are their own for rsl_rl.
 ISAAC = dict(
@@ -421,9 +419,7 @@ def is_gymnasium(args: Args) -> bool:
 
 
 def check_args(args: Args):
-    def require_that(condition, name, takes):
-        cli.check(condition, f"--{name.replace('_', '-')} got {getattr(args, name)}; it takes {takes}")
-
+    require_that = partial(cli.check_flag, args)
     positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "init_std", "history", "lstm_size")
     positive += ("log_interval", "checkpoint_interval", "video_interval", "eval_episodes", "learning_rate", "min_std")
     positive += ("ranks", "max_grad_norm", "clip_coef")
@@ -458,13 +454,6 @@ def make(args: Args, num_envs: int, seed: int, **more):
         )
     except ValueError as error:
         cli.fail(str(error))
-
-
-def load_agent(agent: Agent, state: dict, flag: str):
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError:
-        cli.fail(f"{flag} got a policy for another task or other networks; leave those flags as in training")
 
 
 def main(args: Args):
@@ -589,7 +578,7 @@ def main(args: Args):
     torch.manual_seed(args.seed + 1000 * rank)
     saved = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if saved:
-        load_agent(agent, saved, "--resume")
+        checkpoint.load_agent(agent, saved, "--resume")
         checkpoint.load_optimizer(optimizer, saved["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(saved["learning_rate"])
@@ -838,7 +827,7 @@ def evaluate_checkpoint(args: Args):
     video_dir = str(run_dir / "videos") if args.capture_video else ""
     envs = make(args, min(args.eval_episodes, 16), args.seed + 10_000, video_dir=video_dir)
     agent = Agent(envs, args).to(args.device)
-    load_agent(agent, state, "--model-path")
+    checkpoint.load_agent(agent, state, "--model-path")
     write_json(run_dir / "eval" / f"{path.stem}.json", run_evaluation(agent, args, envs))
     envs.close()
     if args.save_video:
@@ -848,26 +837,10 @@ def evaluate_checkpoint(args: Args):
 
 if __name__ == "__main__":
     launcher_flags = []
-    args = cli.parse_args(Args, PRESETS, default_preset=default_preset, unknown=launcher_flags)
-    if args.resume or args.eval_only:
-        cli.check(args.resume or args.model_path, "--eval-only needs --model-path, a checkpoint or a run's folder")
-        flag = "--resume" if args.resume else "--model-path"
-        path = str(checkpoint.latest(args.resume or args.model_path, flag))
-        saved = checkpoint.load(path, SCRIPT, "cpu", flag)["args"]
-        if Path(path).parent.name == "checkpoints":  # a run goes on where it is, even if it was moved
-            saved["log_dir"] = str(Path(path).parent.parent)
-        launcher_flags = []
-        args = cli.parse_args(
-            Args, saved={k: v for k, v in saved.items() if k not in NOT_SAVED}, unknown=launcher_flags
-        )
-        args.resume, args.model_path = (path, "") if args.resume else ("", path)
+    args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset, unknown=launcher_flags)
     if launcher_flags and is_gymnasium(args):
         cli.parse_args(Args, PRESETS, default_preset=default_preset)  # names the nearest flag
     args.launcher_args = tuple(launcher_flags or args.launcher_args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        args.ranks = int(os.environ["WORLD_SIZE"])
     if not args.ranks:
         # Ranks meet at every update, which costs about a millisecond: they pay where updates are far apart.
         steps_per_update = args.num_envs * args.num_steps / max(1, args.update_epochs * args.num_minibatches)

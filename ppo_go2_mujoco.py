@@ -17,6 +17,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +32,8 @@ from common.envs.go2_eval import evaluate, evaluate_jumps, record_video, report,
 from common.logger import Logger, make_run_dir, peak_memory_mb, run_info, write_json
 
 SCRIPT = "ppo_go2_mujoco"
-# Settings of a run that its checkpoint does not pass on.
-NOT_SAVED = ("device", "ranks", "physics_threads", "resume", "eval_only", "model_path", "save_trajectories")
-NOT_SAVED += ("num_trajectories", "config", "batch_size", "minibatch_size")
+# Settings of a run that its checkpoint does not pass on, beside those of common/checkpoint.py.
+NOT_SAVED = ("physics_threads", "save_trajectories", "num_trajectories")
 # Every flag that differs from the defaults of Args, which are those of `laptop`.
 PRESETS = {
     "laptop": {},
@@ -306,9 +306,7 @@ def default_preset(args: Args) -> str:
 
 
 def check_args(args: Args):
-    def require_that(condition, name, takes):
-        cli.check(condition, f"--{name.replace('_', '-')} got {getattr(args, name)}; it takes {takes}")
-
+    require_that = partial(cli.check_flag, args)
     positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_iterations", "substeps", "init_std")
     positive += ("log_interval", "checkpoint_interval", "video_interval", "eval_episodes", "learning_rate", "min_std")
     positive += ("ranks", "num_trajectories", "max_grad_norm", "clip_coef", "std_anneal_steps")
@@ -332,13 +330,6 @@ def check_args(args: Args):
             Go2Env(1, args.device, **env_config(args) | {"physics_threads": 1})
         except ValueError as error:
             cli.fail(str(error))
-
-
-def load_agent(agent: Agent, state: dict, flag: str):
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError:
-        cli.fail(f"{flag} got a policy for other observations or hidden layers; leave those flags as in training")
 
 
 def main(args: Args):
@@ -451,7 +442,7 @@ def main(args: Args):
     torch.manual_seed(args.seed + 1000 * rank)
     state = checkpoint.load(args.resume, SCRIPT, "cpu", "--resume") if args.resume else None
     if state:
-        load_agent(agent, state, "--resume")
+        checkpoint.load_agent(agent, state, "--resume")
         checkpoint.load_optimizer(optimizer, state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
         learning_rate.fill_(state["learning_rate"])
@@ -648,7 +639,7 @@ def evaluate_checkpoint(args: Args):
     device = torch.device(args.device)
     env = Go2Env(1, device, **env_config(args))
     agent = Agent(env.single_observation_space.shape[0], env.single_action_space.shape[0], args).to(device)
-    load_agent(agent, state, "--model-path")
+    checkpoint.load_agent(agent, state, "--model-path")
     path, run_dir = Path(args.model_path), Path(args.log_dir)
     result = run_evaluation(agent, args, device)
     report(agent.cpu(), env_config(args), result, run_dir, path.stem, args.save_video)
@@ -665,22 +656,9 @@ def run_evaluation(agent: Agent, args: Args, device) -> dict:
 
 
 if __name__ == "__main__":
-    args = cli.parse_args(Args, PRESETS, default_preset=default_preset)
-    if args.resume or args.eval_only:
-        cli.check(args.resume or args.model_path, "--eval-only needs --model-path, a checkpoint or a run's folder")
-        flag = "--resume" if args.resume else "--model-path"
-        path = str(checkpoint.latest(args.resume or args.model_path, flag))
-        saved = checkpoint.load(path, SCRIPT, "cpu", flag)["args"]
-        if Path(path).parent.name == "checkpoints":  # a run goes on where it is, even if it was moved
-            saved["log_dir"] = str(Path(path).parent.parent)
-        args = cli.parse_args(Args, saved={k: v for k, v in saved.items() if k not in NOT_SAVED})
-        args.resume, args.model_path = (path, "") if args.resume else ("", path)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset, NOT_SAVED)
     if args.precision == "auto":
         args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        args.ranks = int(os.environ["WORLD_SIZE"])
     if not args.ranks:
         args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
     check_args(args)

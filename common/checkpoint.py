@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.cli import check, fail
+from common.cli import check, fail, parse_args
+
+# Settings of a run that its checkpoint does not pass on.
+NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "batch_size", "minibatch_size")
 
 
 def save(path: str | Path, state: dict) -> None:
@@ -51,6 +54,40 @@ def load(path: str | Path, script: str, device: str | torch.device = "cpu", flag
         f"{flag} got {str(path)!r}, a checkpoint of {owner or 'another program'}; it takes one of {script}",
     )
     return state
+
+
+def parse_run_args(Args, script: str, presets: dict, default_preset, not_saved=(), unknown: list[str] | None = None):
+    """`cli.parse_args` for a training script; `device` and, under torchrun, `ranks` come back as they will be.
+
+    With --resume or --eval-only the checkpoint's settings stand in for the preset, except those of NOT_SAVED and
+    `not_saved`; `args.resume` or `args.model_path` is then the checkpoint's file.
+    """
+    args = parse_args(Args, presets, default_preset, unknown=unknown)
+    if args.resume or args.eval_only:
+        check(args.resume or args.model_path, "--eval-only needs --model-path, a checkpoint or a run's folder")
+        flag = "--resume" if args.resume else "--model-path"
+        path = str(latest(args.resume or args.model_path, flag))
+        saved = load(path, script, "cpu", flag)["args"]
+        if Path(path).parent.name == "checkpoints":  # a run goes on where it is, even if it was moved
+            saved["log_dir"] = str(Path(path).parent.parent)
+        if unknown is not None:
+            unknown.clear()
+        saved = {k: v for k, v in saved.items() if k not in (*NOT_SAVED, *not_saved)}
+        args = parse_args(Args, saved=saved, unknown=unknown)
+        args.resume, args.model_path = (path, "") if args.resume else ("", path)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        args.ranks = int(os.environ["WORLD_SIZE"])
+    return args
+
+
+def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
+    """`agent.load_state_dict(state["agent"])`; one of other shapes ends with one sentence."""
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError:
+        fail(f"{flag} got a policy for another task or other networks; leave those flags as in training")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, flag: str = "--resume") -> None:

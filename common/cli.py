@@ -88,6 +88,11 @@ def check(condition: bool, message: str) -> None:
         fail(message)
 
 
+def check_flag(args, condition: bool, name: str, takes: str) -> None:
+    """Unless `condition` holds, one sentence that names the flag of `args.name`, what it got, and what it `takes`."""
+    check(condition, f"{_flag(name)} got {getattr(args, name)}; it takes {takes}")
+
+
 def check_compiler(args) -> None:
     """`args.compile` on a CPU needs the C++ compiler that torch calls."""
     compiler = os.environ.get("CXX", "g++")

@@ -1123,7 +1123,7 @@ def test_the_tasks_id_chooses_the_preset_and_every_flag_overrides_it(env_id, pre
 
 def test_presets_name_settings():
     names = set(ppo.Args.__dataclass_fields__)
-    assert all(set(preset) <= names for preset in ppo.PRESETS.values()) and set(ppo.NOT_SAVED) <= names
+    assert all(set(preset) <= names for preset in ppo.PRESETS.values()) and {*checkpoint.NOT_SAVED} <= names
     assert set(ppo.TASKS.values()) <= set(ppo.PRESETS)
 
 

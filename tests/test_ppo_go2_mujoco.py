@@ -757,7 +757,8 @@ def test_presets_by_device_and_their_overrides():
     args = parse("--preset", "reference", "--num-envs", "64", "--ent-coef", "0.5")
     assert (args.num_envs, args.ent_coef, args.num_iterations) == (64, 0.5, 10_000)
     names = set(ppo.Args.__dataclass_fields__)
-    assert all(set(preset) <= names for preset in ppo.PRESETS.values()) and set(ppo.NOT_SAVED) <= names
+    assert all(set(preset) <= names for preset in ppo.PRESETS.values())
+    assert {*checkpoint.NOT_SAVED, *ppo.NOT_SAVED} <= names
 
 
 def test_every_setting_is_read():
