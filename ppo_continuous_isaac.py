@@ -56,6 +56,7 @@ ISAAC = dict(
 PRESETS = {
     "mujoco": {},
     "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9),
+    "mujoco-walker2d": dict(init_std=1.0),
     "classic": dict(
         num_steps=32,
         total_timesteps=100_000,
@@ -96,6 +97,7 @@ TASKS = {
     "CartPole*": "classic",
     "Acrobot*": "classic",
     "Humanoid-*": "mujoco-humanoid",
+    "Walker2d-*": "mujoco-walker2d",
     "*": "mujoco",
 }
 
