@@ -56,7 +56,6 @@ ISAAC = dict(
 PRESETS = {
     "mujoco": {},
     "mujoco-humanoid": dict(gamma=0.97, gae_lambda=0.9),
-    "mujoco-walker2d": dict(init_std=1.0),
     "classic": dict(
         num_steps=32,
         total_timesteps=100_000,
@@ -97,7 +96,6 @@ TASKS = {
     "CartPole*": "classic",
     "Acrobot*": "classic",
     "Humanoid-*": "mujoco-humanoid",
-    "Walker2d-*": "mujoco-walker2d",
     "*": "mujoco",
 }
 

@@ -1100,7 +1100,6 @@ def test_export_leaves_the_policy_on_its_device(tmp_path, monkeypatch):
         ("HalfCheetah-v5", "mujoco"),
         ("Ant-v4", "mujoco"),
         ("Humanoid-v4", "mujoco-humanoid"),
-        ("Walker2d-v4", "mujoco-walker2d"),
         ("CartPole-v1", "classic"),
         ("CartPoleMultiDiscrete-v0", "classic"),
         ("CartPoleMasked-v0", "memory"),
