@@ -80,8 +80,14 @@ def with_inertias(usda: str) -> str:
     return usda
 
 
-def with_joint_names(usda: str) -> str:
-    """The humanoid with Isaac Lab's names of its joints."""
+def for_isaac_lab(usda: str) -> str:
+    """The humanoid with Isaac Lab's names of its joints, and without its collision groups: the ground is in none of
+    them, so the robot would fall through it.
+    """
+    group = r'\n    def PhysicsCollisionGroup "\w+" \(\n.*?\n    \)\n    \{\n.*?\n    \}\n'
+    usda, count = re.subn(group, "", usda, flags=re.DOTALL)
+    if "PhysicsCollisionGroup" in usda or not count:
+        sys.exit("error: newton's humanoid has other collision groups; this script knows the file of newton 1.6")
     for old, new in JOINTS.items():
         usda, count = re.subn(rf'(def PhysicsRevoluteJoint )"{old}"', rf'\1"{new}"', usda)
         if count != 1:
@@ -89,7 +95,7 @@ def with_joint_names(usda: str) -> str:
     return usda
 
 
-EDITS = {"cartpole_single_pendulum.usda": with_inertias, "humanoid.usda": with_joint_names}
+EDITS = {"cartpole_single_pendulum.usda": with_inertias, "humanoid.usda": for_isaac_lab}
 
 
 def main():
