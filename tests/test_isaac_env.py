@@ -738,6 +738,14 @@ def test_video_of_isaac_lab_3(install):
     assert cfg.video_recorders[0].output_dir == "videos" and render_mode is None
 
 
+def test_a_package_that_the_task_misses_costs_one_sentence(install):
+    recorder = "def VideoRecorderCfg():\n    raise ImportError('moviepy is required.\\nInstall it')"
+    install(NEWER | {"isaaclab/envs/utils/video_recorder_cfg.py": recorder}, "video_recorders=[]")
+    with pytest.raises(ValueError, match="^--env-id Isaac-Cartpole-v0 lacks a package: moviepy is required. Install"):
+        make_env("Isaac-Cartpole-v0", 2, video_dir="videos")
+    assert sys.argv[1:] == ["--env-id", "Isaac-Cartpole-v0"]
+
+
 def _recorded(events):
     make_env("Isaac-Cartpole-v0", 2, video_dir="videos")
     return next(event for event in events if event[0] == "made")

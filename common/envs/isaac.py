@@ -440,6 +440,8 @@ def _make_isaac(
         if launcher is not None:
             stack.enter_context(launch_simulation(cfg, args))
         env = gym.make(env_id, cfg=cfg, **make_kwargs)
+    except ImportError as error:  # such as moviepy, for a video
+        raise ValueError(f"--env-id {env_id} lacks a package: {' '.join(str(error).split())}") from None
     finally:
         sys.argv[1:] = words
     if video_dir and not own_video:
