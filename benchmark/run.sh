@@ -22,6 +22,8 @@ if [ -n "$ISAAC_PYTHON" ]; then  # the Python of an environment with Isaac Lab 3
     $ISAAC_PYTHON benchmark/isaac_kitless.py --seeds 1 2 3           # 10 min
     $ISAAC_PYTHON benchmark/isaac_kitless.py --env-id Isaac-Ant-Direct --iterations 64 --clip-actions 1 --seeds 1 --no-peer \
         --eval-interval 16                                           # 15 min
+    $ISAAC_PYTHON benchmark/isaac_kitless.py --env-id Isaac-Humanoid-Direct --num-envs 256 --iterations 64 --clip-actions 1 \
+        --seeds 1 --no-peer --eval-interval 16                       # 8 min
 fi
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     $PY benchmark/go2_gpu.py --seeds 1 2 3 --cuda-graphs             # 20 min on one GPU
