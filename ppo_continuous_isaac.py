@@ -4,9 +4,10 @@
     python ppo_continuous_isaac.py --env-id Isaac-Cartpole-Direct --num-envs 4096 --physics newton_mjwarp
     python ppo_continuous_isaac.py --env-id CartPoleMasked-v0 --lstm
 
-Measured on 2 CPU cores without a GPU, seeds 1 to 3 (docs/isaac.md; gym_mujoco.json and isaac_small.json in
-benchmark/results): 1M steps of HalfCheetah-v4, Hopper-v4 and Walker2d-v4 end at mean training returns of 5140, 2680 and
-3118, in 2 to 3 minutes each; CartPole-v1 is solved after 10 s, CartPoleMasked-v0 with the LSTM after about a minute.
+Measured on 2 CPU cores without a GPU (docs/isaac.md; gym_mujoco.json and isaac_small.json in benchmark/results): 1M
+steps of HalfCheetah-v4, Hopper-v4 and Walker2d-v4 end at training returns of 4809, 2753 and 3475 (interquartile means
+of five seeds), in 2 to 3 minutes each; CartPole-v1 is solved after 10 s, CartPoleMasked-v0 with the LSTM after about a
+minute.
 
 Flags that this script does not know go to Isaac Lab's launcher. Of the 37 details, those of Atari games (14-22) have no
 place here; docs/details.md gives the reason for each.
