@@ -87,7 +87,8 @@ def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError:
-        fail(f"{flag} got a policy for another task or other networks; leave those flags as in training")
+        what = "a policy for another task, other observations or networks, such as --hidden"
+        fail(f"{flag} got {what}; leave those flags as in training")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, flag: str = "--resume") -> None:
