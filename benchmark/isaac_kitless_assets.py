@@ -87,7 +87,7 @@ def for_isaac_lab(usda: str) -> str:
     group = r'\n    def PhysicsCollisionGroup "\w+" \(\n.*?\n    \)\n    \{\n.*?\n    \}\n'
     usda, count = re.subn(group, "", usda, flags=re.DOTALL)
     if "PhysicsCollisionGroup" in usda or not count:
-        sys.exit("error: newton's humanoid has other collision groups; this script knows the file of newton 1.6")
+        sys.exit("error: newton's humanoid has other collision groups; this script knows the file of newton 1.2")
     for old, new in JOINTS.items():
         usda, count = re.subn(rf'(def PhysicsRevoluteJoint )"{old}"', rf'\1"{new}"', usda)
         if count != 1:
