@@ -31,7 +31,8 @@ import numpy as np
 import tools
 from matplotlib.figure import Figure
 
-from common.logger import git_commit, write_json
+from common.files import write_json
+from common.provenance import git_commit
 
 # Pusher-v4 refuses MuJoCo 3, so it is v5, whose figures are no match for v4's.
 GAMES = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4", "InvertedPendulum-v4", "Pusher-v5"]

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.envs.isaac import make_env
 from common.envs.isaac_eval import evaluate
-from common.logger import run_info, write_json
+from common.files import write_json
+from common.provenance import run_info
 
 ROOT, EVAL_SEED = Path(__file__).resolve().parent.parent, 50_000
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_continuous_isaac as ppo
 from common import cli
-from common.logger import write_json
+from common.files import write_json
 
 LEARNING_RATE, EPOCHS, MINIBATCHES, HIDDEN = 3e-4, 10, 32, (64, 64)
 RSL_RL, SB3 = "rsl-rl-lib==5.5.1", "--no-deps stable-baselines3==2.9.2 cloudpickle"

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_go2_mujoco as ppo
 from common import cli, distributed
 from common.envs.go2 import Go2Env
-from common.logger import peak_memory_mb, write_json
+from common.files import write_json
+from common.provenance import peak_memory_mb
 
 rsl_rl_env = cli.require("rsl_rl.env", "rsl-rl-lib==5.5.1")
 runners = cli.require("rsl_rl.runners", "rsl-rl-lib==5.5.1")

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import ppo_go2_mujoco as ppo
 from common import checkpoint
 from common.envs.go2_eval import evaluate
-from common.logger import ROOT, run_info, write_json
+from common.files import write_json
+from common.provenance import ROOT, run_info
 
 WALK = {"command_vx": (0.3, 1.0), "command_vy": (0.0, 0.0), "command_yaw": (0.0, 0.0)}
 WALK_ERROR = 0.15  # m/s; walking: not one fall in 128 episodes of 20 s and a mean velocity error below this

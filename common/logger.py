@@ -1,14 +1,11 @@
 """Metrics to the terminal, TensorBoard and Weights & Biases under the same names; what a run leaves on the disk."""
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import resource
 import shutil
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,19 +15,12 @@ import yaml
 from tqdm import tqdm
 
 from common.cli import RUN_INFO, fail, require
-
-ROOT = Path(__file__).parent.parent
-PACKAGES = {
-    "torch": "torch",
-    "mujoco": "mujoco",
-    "warp": "warp-lang",
-    "gymnasium": "gymnasium",
-    "numpy": "numpy",
-}
+from common.files import tolerant, write_json, write_text  # noqa: F401
+from common.provenance import peak_memory_mb, run_info  # noqa: F401
 
 
 class Logger:
-    """One set of metrics for all readers.
+    """One set of metrics for all readers. What the disk refuses costs a sentence, and is tried again the next time.
 
     run_dir: where the TensorBoard file goes.
     args: the script's settings; reads `track`, `wandb_project`, `wandb_entity` and `wandb_group`.
@@ -39,9 +29,12 @@ class Logger:
     """
 
     def __init__(self, run_dir: Path, args, total: int, initial: int = 0, enabled: bool = True):
-        self.writer = self.wandb = self.bar = None
+        self.enabled = enabled
+        self.wandb = self.bar = None
         if not enabled:
             return
+        self.run_dir = Path(run_dir)
+        self.events = self.run_dir / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         if args.track:
             self.wandb = _start_wandb(run_dir, args)
         else:
@@ -51,9 +44,6 @@ class Logger:
             self.bar = tqdm(
                 total=total, initial=initial, unit="steps", unit_scale=True, mininterval=interval, bar_format=bar_format
             )
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self.writer = SummaryWriter(run_dir)
 
     def progress(self, step: int) -> None:
         """Move the progress line to `step`."""
@@ -62,11 +52,11 @@ class Logger:
 
     def log(self, metrics: dict, step: int) -> None:
         """Send {name: number or tensor with one element} to every reader; all tensors cross from the device at once."""
-        if self.writer is None:
+        if not self.enabled:
             return
         metrics = to_numbers(metrics)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        with tolerant("TensorBoard's events", self.run_dir):
+            append_events(self.events, metrics, step)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
         if self.bar is not None:
@@ -79,16 +69,16 @@ class Logger:
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+            with tolerant("a video for Weights & Biases", self.run_dir):
+                self.wandb.log({name: wandb.Video(str(path), format="mp4")}, step=step)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
-        self.writer = self.wandb = self.bar = None
+        self.enabled = False
+        self.wandb = self.bar = None
 
 
 def _start_wandb(run_dir: Path, args):
@@ -109,6 +99,31 @@ def _start_wandb(run_dir: Path, args):
     if not run.offline:
         print(f"tracking: {run.url}", flush=True)
     return run
+
+
+def append_events(path: Path, metrics: dict[str, float], step: int) -> None:
+    """Append one step to a file of TensorBoard, or leave the file as it was and raise OSError.
+
+    The writer of torch does so in a thread, which a full disk kills with a traceback.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event  # slow to import
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+    events = [Event(wall_time=time.time(), step=step, summary=Summary(value=values))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size if path.exists() else 0
+    if size == 0:
+        events.insert(0, Event(wall_time=time.time(), file_version="brain.Event:2"))
+    try:
+        with open(path, "ab") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)  # half a record would hide those after it
+        raise
 
 
 def to_numbers(metrics: dict) -> dict[str, float]:
@@ -177,95 +192,4 @@ def write_args(run_dir: Path, args) -> None:
     """
     settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))  # tuples become lists, paths text
     text = yaml.safe_dump(settings | {RUN_INFO: run_info()}, sort_keys=False)
-    _write_text(Path(run_dir) / "args.yaml", text)
-
-
-def run_info() -> dict:
-    """Commit, versions and hardware, as every result file states them."""
-    return {"commit": git_commit(), "versions": versions(), "hardware": hardware()}
-
-
-def git_commit() -> str:
-    """The commit of this repository, with "-dirty" if tracked files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
-def hardware() -> dict:
-    """{"cpu": model, "cores": usable by this process, "gpus": names}."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "cores": cores, "gpus": gpus}
-
-
-def peak_memory_mb(device: str | torch.device = "cpu") -> float:
-    """The most memory (MiB) this process held: resident on a CPU; on a GPU what torch allocated, simulator excluded."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def mean_ci95(values) -> tuple[float, float]:
-    """Mean and half width of its 95% interval (normal approximation); the width is NaN for fewer than two values."""
-    values = torch.as_tensor(values).detach().double().flatten()
-    if len(values) == 0:
-        return math.nan, math.nan
-    half_width = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), half_width
-
-
-def wilson_ci95(k: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval (lo, hi) for a rate of which `k` of `n` were seen; (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.96, k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half_width = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
-
-
-def write_json(path: str | Path, obj) -> None:
-    """Write `obj` whole or not at all; tensors and arrays become lists, and numbers that are not finite null."""
-    _write_text(Path(path), json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
-
-
-def _plain(obj):
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        obj = dataclasses.asdict(obj)
-    if hasattr(obj, "tolist"):
-        obj = obj.tolist()
-    if isinstance(obj, dict):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [_plain(value) for value in obj]
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return str(obj) if isinstance(obj, Path) else obj
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(Path(run_dir) / "args.yaml", text)

@@ -1,7 +1,6 @@
-"""Metrics reach every reader under the same names; files are whole; intervals are right."""
+"""Metrics reach every reader under the same names; what a run's folder is called and says of itself."""
 
-import json
-import math
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from common import logger
+from tests.full_disk import fill, small_disk
 
 
 @dataclass
@@ -139,35 +139,51 @@ def test_run_dir_that_cannot_be_written(tmp_path, capsys):
     assert stop.value.code == 2 and "--log-dir" in capsys.readouterr().err
 
 
-def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(logger, "ROOT", tmp_path)
-    assert logger.git_commit() == "unknown"
+def test_events_are_those_of_torchs_own_writer(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from torch.utils.tensorboard import SummaryWriter
+
+    logger.append_events(tmp_path / "ours" / "events.out.tfevents.1", logger.to_numbers(METRICS), 7)
+    with SummaryWriter(tmp_path / "torch") as writer:
+        for name, value in METRICS.items():
+            writer.add_scalar(name, value, 7)
+    assert scalars(tmp_path / "ours") == scalars(tmp_path / "torch")
+    [first, _] = EventFileLoader(str(tmp_path / "ours" / "events.out.tfevents.1")).Load()
+    assert first.file_version == "brain.Event:2"
 
 
-def test_write_json(tmp_path, monkeypatch):
-    path = tmp_path / "eval" / "a.json"
-    logger.write_json(path, {"a": torch.tensor(0.5), "b": (1, math.nan), "c": tmp_path, "d": torch.ones(2)})
-    assert json.loads(path.read_text()) == {"a": 0.5, "b": [1, None], "c": str(tmp_path), "d": [1.0, 1.0]}
+def test_half_a_record_does_not_hide_the_next(tmp_path, capsys, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def crash(*args):
-        raise OSError("killed")
+    def half(self, data):
+        self._writer.write(data[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="killed"):
-        logger.write_json(path, {"a": 1})
-    assert json.loads(path.read_text())["a"] == 0.5 and len(list(path.parent.iterdir())) == 1
-
-
-def test_intervals():
-    mean, half = logger.mean_ci95([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5 and half == pytest.approx(1.96 * math.sqrt(5 / 3) / 2)
-    assert logger.mean_ci95(torch.tensor([True, False]))[0] == 0.5
-    assert logger.mean_ci95([2.0])[0] == 2.0 and math.isnan(logger.mean_ci95([2.0])[1])
-    assert math.isnan(logger.mean_ci95([])[0])
-    assert logger.wilson_ci95(0, 128) == pytest.approx((0.0, 0.02914), abs=1e-4)
-    assert logger.wilson_ci95(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
-    assert logger.wilson_ci95(10, 10)[1] == 1.0 and logger.wilson_ci95(0, 0) == (0.0, 1.0)
+    log = logger.Logger(tmp_path, Args(), total=10)
+    log.log(METRICS, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", half)
+        log.log(METRICS, 2)
+        log.log(METRICS, 3)
+    log.log(METRICS, 4)
+    log.close()
+    out, err = capsys.readouterr()
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 2 and all(f"in {tmp_path} (No space left on device)" in line for line in warnings)
+    assert [step for step, _ in scalars(tmp_path)["charts/SPS"]] == [1, 4] and "step 3" in out
 
 
-def test_peak_memory():
-    assert 20 < logger.peak_memory_mb() < 100_000
+def test_a_full_disk(tmp_path, capfd):
+    with small_disk(tmp_path / "disk") as disk:
+        log = logger.Logger(disk, Args(), total=500)
+        log.log(METRICS, 1)
+        filler = fill(disk)
+        for step in range(2, 100):  # what is left of the last page takes some
+            log.log(METRICS, step)
+        filler.unlink()
+        log.log(METRICS, 100)
+        log.close()
+        steps = [step for step, _ in scalars(disk)["charts/SPS"]]
+        assert steps[0] == 1 and steps[-1] == 100 and 2 <= len(steps) < 60
+    err = capfd.readouterr().err
+    assert err.count("warning: TensorBoard's events cannot be written") == 100 - len(steps) and "Traceback" not in err

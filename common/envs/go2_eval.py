@@ -27,7 +27,8 @@ from common.envs.go2 import (
     Go2Env,
     build_model,
 )
-from common.logger import mean_ci95, wilson_ci95, write_json
+from common.files import write_json
+from common.stats import mean_ci95, wilson_ci95
 
 Policy = Callable[[torch.Tensor], torch.Tensor]  # raw observations -> actions
 FOOT_ORDER = tuple(LEGS.index(leg) for leg in ("FL", "FR", "RL", "RR"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 
-from common.logger import mean_ci95
+from common.stats import mean_ci95
 from common.video import find_gl, missing_gl_message, write_mp4
 
 
