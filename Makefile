@@ -4,11 +4,15 @@ STAMP := .venv/.stamp
 MJLAB_PY := .venv-mjlab/bin/python
 MJLAB_STAMP := .venv-mjlab/.stamp
 ARGS ?=
+# Where nothing renders, root installs what does, unless MUJOCO_GL names the user's own; without it there is no video.
+INSTALL_GL := test -z "$$MUJOCO_GL" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	{ export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; \
+	apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri >/dev/null; }
 
 .PHONY: go2 test test-mjlab lint clean
 
 go2: $(STAMP)  ## train, evaluate and film the Go2; flags of your own: make go2 ARGS="--seed 2"
-	@$(PY) -m common.video
+	@$(PY) -m common.video || { $(INSTALL_GL) && $(PY) -m common.video; } || true
 	$(PY) ppo_go2_mujoco.py $(ARGS)
 
 test: $(STAMP) lint

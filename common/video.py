@@ -1,21 +1,22 @@
 """mp4 and GIF of a MuJoCo model without a display, through EGL or OSMesa."""
 
+import contextlib
 import functools
 import importlib
+import itertools
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-APT_PACKAGES = ("libegl1", "libgl1", "libgl1-mesa-dri")
-ENCODING = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2, "quality": 7}
-ENCODING["output_params"] = ["-movflags", "+faststart"]
+from common.files import atomic
+
+INSTALL = "apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri"  # the Makefile's command too
 _TEST = """
 import mujoco
 model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom type='plane' size='1 1 1'/></worldbody></mujoco>")
@@ -55,21 +56,41 @@ def use_gl() -> str | None:
     return gl
 
 
-def install_command() -> list[str]:
-    return ["apt-get", "install", "-y", "--no-install-recommends", *APT_PACKAGES]
-
-
 def missing_gl_message() -> str:
     """The sentence for a user who asks for a video where nothing can render."""
     if os.environ.get("MUJOCO_GL"):
         return (
             f"no video: MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here; unset it to let egl and osmesa be tried"
         )
-    return f"no video: neither EGL nor OSMesa loads; install one with: sudo {' '.join(install_command())}"
+    return f"no video: neither EGL nor OSMesa loads; install one with: sudo {INSTALL}"
+
+
+@contextlib.contextmanager
+def mp4_writer(path: str | Path, width: int, height: int, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields a function that takes frames, uint8 (height, width, 3), for an mp4 that appears whole after the block.
+
+    Raises OSError with ffmpeg's own words where it cannot write.
+    """
+    even = "scale=trunc((iw+1)/2)*2:trunc((ih+1)/2)*2"  # yuv420p halves both sides
+    with atomic(path) as temporary:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command += ["-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an", "-vf", even, "-c:v", "libx264"]
+        command += ["-pix_fmt", "yuv420p", "-crf", "15", "-movflags", "+faststart", str(temporary)]
+        # In a group of its own Ctrl-C does not reach it.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+        try:
+            yield lambda frame: process.stdin.write(np.ascontiguousarray(frame))
+        except BrokenPipeError:
+            pass  # ffmpeg has ended, and says why
+        finally:
+            _, complaint = process.communicate()
+        if process.returncode != 0:
+            reason = complaint.decode(errors="replace").strip().partition("\n")[0]
+            raise OSError(f"ffmpeg: {reason}")
 
 
 class Recorder:
-    """Draws frames of `model` and writes them to an mp4 that appears whole at `close()`.
+    """Draws frames of `model` and writes them to an mp4 that appears whole at the end of its `with` block.
 
     model: mujoco.MjModel; its offscreen buffer is enlarged to the size of the video if need be.
     fps: frames per second of the video; width, height: pixels, both even.
@@ -82,7 +103,7 @@ class Recorder:
             raise RuntimeError(missing_gl_message())
         import mujoco  # here, as Isaac Lab's environment need not have it
 
-        self.mujoco, self.model, self.path = mujoco, model, Path(path)
+        self.mujoco, self.model = mujoco, model
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
         model.vis.global_.offheight = max(model.vis.global_.offheight, height)
         if fast:
@@ -93,15 +114,9 @@ class Recorder:
         self.camera.azimuth, self.camera.elevation, self.camera.distance = 125.0, -18.0, 2.2
         self.lookat = None
         self.font = ImageFont.load_default(size=max(12, height // 30))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
-        self.writer = imageio_ffmpeg.write_frames(
-            str(self.temporary),
-            (width, height),
-            fps=fps,
-            **ENCODING,
-        )
-        self.writer.send(None)
+        self.stack = contextlib.ExitStack()
+        self.stack.callback(self.renderer.close)
+        self.write = self.stack.enter_context(mp4_writer(path, width, height, fps))
 
     def frame(self, state, lines: Iterable = (), track_body: str = "base", arrows: Iterable = ()) -> np.ndarray:
         """Draw one frame, add it to the video and return it as uint8 (height, width, 3).
@@ -140,7 +155,7 @@ class Recorder:
                     corner = (8 + round(column * 8 * self.font.size), 6 + round(row * 1.4 * self.font.size))
                     draw.text(corner, cell, color, self.font, stroke_width=2, stroke_fill="black")
             image = np.asarray(canvas)
-        self.writer.send(np.ascontiguousarray(image))
+        self.write(image)
         return image
 
     def _add_arrow(self, position: np.ndarray, vector: np.ndarray, rgba) -> None:
@@ -153,74 +168,34 @@ class Recorder:
         mujoco.mjv_connector(geom, mujoco.mjtGeom.mjGEOM_ARROW, 0.015, position, position + vector)
         scene.ngeom += 1
 
-    def close(self) -> None:
-        """Finish the file and free the renderer."""
-        if self.writer is None:
-            return
-        self.writer.close()
-        self.renderer.close()
-        self.writer = None
-        os.replace(self.temporary, self.path)
-
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind, *exception) -> None:
-        if kind is None:
-            self.close()
-        elif self.writer is not None:
-            self.writer.close()
-            self.renderer.close()
-            self.writer = None
-            self.temporary.unlink(missing_ok=True)
+    def __exit__(self, *exception) -> None:
+        self.stack.__exit__(*exception)
 
 
 def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Path:
     """Write frames, uint8 (height, width, 3) of one size, as an mp4 that appears whole at the end."""
-    path, frames = Path(path), iter(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+    frames = iter(frames)
     first = next(frames)
-    writer = imageio_ffmpeg.write_frames(str(temporary), first.shape[1::-1], fps=fps, **ENCODING)
-    try:
-        writer.send(None)
-        writer.send(np.ascontiguousarray(first))
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
-        os.replace(temporary, path)
-    finally:
-        writer.close()  # else ffmpeg would write the file after it was removed
-        temporary.unlink(missing_ok=True)
-    return path
+    with mp4_writer(path, first.shape[1], first.shape[0], fps) as write:
+        for frame in itertools.chain([first], frames):
+            write(frame)
+    return Path(path)
 
 
 def save_gif(mp4_path: str | Path, gif_path: str | Path, width: int = 480, fps: int = 20, seconds: float | None = None):
     """Turn (the first `seconds` of) an mp4 into a GIF of `width` pixels with a palette of its own."""
-    gif_path = Path(gif_path)
-    gif_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = gif_path.with_name(f".{gif_path.stem}.{os.getpid()}.tmp.gif")
     scale = f"fps={fps},scale={width}:-1:flags=lanczos"
     filters = f"{scale},split[a][b];[a]palettegen=max_colors=128[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
     limit = [] if seconds is None else ["-t", str(seconds)]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *limit, "-i", mp4_path, "-vf", filters, temporary]
-    try:
-        subprocess.run([str(word) for word in command], check=True, capture_output=True)
-        os.replace(temporary, gif_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(gif_path) as temporary:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *limit, "-i", mp4_path, "-vf", filters]
+        subprocess.run([str(word) for word in (*command, temporary)], check=True, capture_output=True)
 
 
-def _make_rendering_work() -> None:
-    """What `make` does once: nothing where rendering works, else install the packages as root or say how."""
-    if find_gl() is None and not os.environ.get("MUJOCO_GL") and os.geteuid() == 0 and shutil.which("apt-get"):
-        env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update", "-qq"], install_command()):
-            subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
-        find_gl.cache_clear()
+if __name__ == "__main__":  # what `make go2` asks first
     gl = find_gl()
     print(f"rendering works: MUJOCO_GL={gl}" if gl else missing_gl_message())
-
-
-if __name__ == "__main__":
-    _make_rendering_work()
+    sys.exit(not gl)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common import video
+from tests.full_disk import small_disk
 
 XML = """
 <mujoco>
@@ -136,6 +137,38 @@ def test_a_crash_between_frames_leaves_the_old_mp4(tmp_path):
     with pytest.raises(ValueError, match="boom"):
         video.write_mp4(path, frames(), fps=20)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_odd_size_is_rounded_up(tmp_path):
+    path = video.write_mp4(tmp_path / "a.mp4", painted(2, height=47, width=63), fps=20)
+    assert next(imageio_ffmpeg.read_frames(str(path)))["size"] == (64, 48)
+
+
+def noise(count):
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        yield generator.integers(0, 255, (240, 320, 3), dtype=np.uint8)
+
+
+def test_a_full_disk_leaves_the_old_mp4_and_says_so(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        path = video.write_mp4(disk / "a.mp4", painted(2), fps=20)
+        old = path.read_bytes()
+        with pytest.raises(OSError, match="ffmpeg: .*No space left on device"):
+            video.write_mp4(path, noise(200), fps=20)
+        assert path.read_bytes() == old and list(disk.iterdir()) == [path]
+
+
+def test_ffmpeg_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "false")
+    with pytest.raises(OSError, match="ffmpeg"):
+        video.write_mp4(tmp_path / "a.mp4", noise(20), fps=20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_make_installs_what_the_sentence_names():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    assert video.INSTALL in makefile
 
 
 def test_without_opengl(monkeypatch, tmp_path):
