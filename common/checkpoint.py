@@ -1,17 +1,25 @@
-"""Checkpoints that survive a crash at any moment, random-number state, clean interruption, ONNX export."""
+"""Checkpoints that survive a crash at any moment, exact resume, clean interruption, ONNX export."""
 
+import copy
+import math
 import os
 import random
 import re
 import signal
+import sys
 import threading
+import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common import distributed
 from common.cli import check, fail, parse_args
+from common.files import atomic, tolerant
+from common.provenance import peak_memory_mb
 
 # Settings of a run that its checkpoint does not pass on.
 NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "batch_size", "minibatch_size")
@@ -19,22 +27,8 @@ NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "
 
 def save(path: str | Path, state: dict) -> None:
     """Write `state` (tensors, numbers, text, containers of them) so that `path` is always a whole file, old or new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def load(path: str | Path, script: str, device: str | torch.device = "cpu", flag: str = "--model-path") -> dict:
@@ -91,14 +85,6 @@ def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
         fail(f"{flag} got {what}; leave those flags as in training")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, flag: str = "--resume") -> None:
-    """`optimizer.load_state_dict(state)`; one of other parameters, as older versions saved, ends with one sentence."""
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError:
-        fail(f"{flag} got a checkpoint of an older version; it takes one of this version")
-
-
 def latest(path: str | Path, flag: str = "--resume") -> Path:
     """The checkpoint to resume from: `path` itself if a file, else the newest readable `model_{iteration}.pt` of a run.
 
@@ -118,6 +104,95 @@ def latest(path: str | Path, flag: str = "--resume") -> Path:
             print(f"warning: {file} is damaged and is passed over", flush=True)
     takes = "a checkpoint or a run's folder"
     fail(f"{flag} got {str(path)!r}, which holds no readable model_{{iteration}}.pt; it takes {takes}")
+
+
+class Run:
+    """How far a training is, its folder of checkpoints, and what `--resume` continues.
+
+    iteration, global_step: iterations and environment steps done, over all resumed parts.
+    own: what this rank gave to `save` when the resumed checkpoint was written; None where the episodes begin anew: in a
+        fresh run, and, with a warning, where the ranks or the environment's settings are others, or `exact` is False.
+    """
+
+    def __init__(self, script: str, args, learned: dict, settings: tuple[str, ...] = (), exact: bool = True):
+        """learned: {name: object with `state_dict` and `load_state_dict`}, the same on every rank; "agent" is one.
+        settings: names of the environment's flags. exact: whether the environment can restore its state.
+        """
+        self.script, self.args, self.learned = script, args, learned
+        self.dir = Path(args.log_dir)
+        self.newest = args.resume or "none"  # the last checkpoint that was written whole
+        self.rank = int(os.environ.get("RANK", 0))
+        self.iteration, self.global_step, self.elapsed, self.own = 0, 0, 0.0, None
+        if args.resume:
+            self._resume(load(args.resume, script, "cpu", "--resume"), settings, exact)
+        self.start_time = time.time() - self.elapsed
+        self.start_step = self.global_step
+        self.log_time, self.log_step = time.time(), self.global_step
+
+    def _resume(self, state: dict, settings: tuple[str, ...], exact: bool):
+        for name, part in self.learned.items():
+            if name == "agent":
+                load_agent(part, state, "--resume")
+            else:
+                part.load_state_dict(state[name])
+        self.iteration, self.global_step = state["iteration"], state["global_step"]
+        self.elapsed, saved = state["elapsed"], state["args"]
+        names = [n for n in ("num_envs", *settings) if n in saved and saved[n] != getattr(self.args, n)]
+        changed = [f"--{name.replace('_', '-')}" for name in names]
+        if len(state["ranks"]) != int(os.environ.get("WORLD_SIZE", 1)):
+            changed.append("--ranks")
+        if exact and not changed:
+            self.own = state["ranks"][self.rank]
+            set_rng_state(self.own["rng"])
+        elif self.rank == 0:
+            why = f"was written with other {', '.join(changed)}" if changed else "cannot hold the simulator's state"
+            print(f"warning: the checkpoint {why}, so the episodes begin anew")
+
+    def save(self, own: dict, *names: str):
+        """Writes the checkpoints `names`; all ranks call it. `own`: this rank's environment and so on.
+
+        One that the disk refuses costs a sentence, the final one ends the process with exit code 1.
+        """
+        ranks = distributed.gather(own | {"rng": rng_state()})
+        if self.rank:
+            return
+        state = {"script": self.script, "args": asdict(self.args), "ranks": ranks}
+        state |= {"iteration": self.iteration, "global_step": self.global_step}
+        state |= {"elapsed": time.time() - self.start_time}
+        state |= {name: part.state_dict() for name, part in self.learned.items()}
+        for name in names:
+            self._write(name, state)
+
+    def keep_best(self, score: float, name: str):
+        """Copies the checkpoint `name` to best_model.pt if its score is the highest so far, resumed parts included."""
+        best = self.dir / "checkpoints" / "best_model.pt"
+        if best.exists() and torch.load(best, mmap=True, weights_only=True).get("score", -math.inf) >= score:
+            return
+        if (best.parent / name).exists():
+            self._write(best.name, load(best.parent / name, self.script) | {"score": score})
+
+    def _write(self, name: str, state: dict):
+        folder = self.dir / "checkpoints"
+        with tolerant(name, folder, f"the newest whole checkpoint is {self.newest}"):
+            save(folder / name, state)
+            self.newest = name
+            return
+        if name == "final_model.pt":
+            print(f"error: the final model is not saved; make room and --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(1)
+
+    def steps_per_second(self) -> float:
+        """Since the last call."""
+        now, steps = time.time(), self.global_step - self.log_step
+        rate = steps / (now - self.log_time)
+        self.log_time, self.log_step = now, self.global_step
+        return rate
+
+    def summary(self, device) -> dict:
+        wall = time.time() - self.start_time
+        rate = (self.global_step - self.start_step) / (wall - self.elapsed)
+        counts = {"iterations": self.iteration, "global_step": self.global_step}
+        return counts | {"wall_seconds": wall, "SPS": rate, "peak_memory_mb": peak_memory_mb(device)}
 
 
 def rng_state() -> dict:
@@ -144,26 +219,24 @@ def set_rng_state(state: dict) -> None:
 class Interrupt:
     """True after SIGINT or SIGTERM, so that a loop can finish its iteration, save and leave; a second SIGINT raises.
 
-    with Interrupt() as interrupt:
-        for iteration in ...:
-            ...
-            if interrupt:
-                break
+    interrupt = Interrupt()
+    for iteration in ...:
+        ...
+        if interrupt:
+            break
+    interrupt.restore()
     """
 
     def __init__(self):
-        self.received = False
+        self.received, self.previous = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def __bool__(self) -> bool:
         return self.received
 
-    def __enter__(self) -> "Interrupt":
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
+    def restore(self) -> None:
+        """The signals do again what they did before: after the loop nothing is left to save."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -175,32 +248,44 @@ class Interrupt:
         os.write(2, b"\nstopping: this iteration is finished and saved first; Ctrl-C again stops at once\n")
 
 
+class _Named(torch.nn.Module):
+    """`module`, which takes a dict, with one argument for each entry."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *tensors):
+        return self.module(dict(zip(self.names, tensors, strict=True)))
+
+
 def export_onnx(
-    module: torch.nn.Module, example: torch.Tensor | tuple, path: str | Path, inputs=("obs",), outputs=("actions",)
+    module: torch.nn.Module,
+    example: torch.Tensor | tuple | dict,
+    path: str | Path,
+    inputs=("obs",),
+    outputs=("actions",),
 ) -> None:
     """Write `module` as ONNX with a free batch size: by default a map from "obs" (batch, n) to "actions" (batch, m).
 
-    With more inputs and outputs, those whose names end in "state" have their batch in dimension 1, as an LSTM's.
+    A dict of observations becomes inputs of its keys' names. With more inputs and outputs, those whose names end in
+    "state" have their batch in dimension 1, as an LSTM's.
     The module is left as it was, in its mode and on its device.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    training = module.training
-    try:
-        # The TorchScript exporter takes .2 s for an MLP and prints nothing; the one on torch.export takes 3 s.
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module.eval(),
-                example if isinstance(example, tuple) else (example,),
-                str(temporary),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_axes={name: {int(name.endswith("state")): "batch"} for name in (*inputs, *outputs)},
-                dynamo=False,
-            )
-        os.replace(temporary, path)
-    finally:
-        module.train(training)
-        temporary.unlink(missing_ok=True)
+    module = copy.deepcopy(module).cpu().eval()
+    if isinstance(example, dict):
+        inputs = tuple(example)
+        example = tuple(example.values())
+        module = _Named(module, inputs)
+    # The TorchScript exporter takes .2 s for an MLP and prints nothing; the one on torch.export takes 3 s.
+    with atomic(path) as temporary, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            example if isinstance(example, tuple) else (example,),
+            str(temporary),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: {int(name.endswith("state")): "batch"} for name in (*inputs, *outputs)},
+            dynamo=False,
+        )

@@ -271,3 +271,11 @@ def _takes(hint) -> str:
     if kind in (tuple, list):
         return plurals.get(inner[0], "values")
     return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def check_ranges(args):
+    pass
+
+
+def check_minibatches(args, per_rank, what):
+    pass

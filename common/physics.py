@@ -6,11 +6,12 @@ Both show their state as torch tensors that share memory with the simulator, so 
 """
 
 import copy
-import re
 import warnings
 
 import mujoco
 import torch
+
+from common.distributed import check_device
 
 STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
 OUTPUTS = ("sensordata", "actuator_force")
@@ -25,12 +26,7 @@ def resolve_backend(backend: str, device: str | torch.device) -> tuple[torch.dev
     """
     if backend not in BACKENDS:
         raise ValueError(f"--backend got {backend!r}; it takes one of {', '.join(BACKENDS)}")
-    name = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device got {name!r}; it takes cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device got {name!r}, and torch finds {torch.cuda.device_count()} CUDA devices here")
+    device = check_device(str(device))
     if backend == "mujoco" and device.type != "cpu":
         raise ValueError(f"--backend mujoco runs on the CPU, got --device {device}; use --backend warp")
     return device, ("warp" if device.type == "cuda" else "mujoco") if backend == "auto" else backend

@@ -1,0 +1,68 @@
+"""Observations as a tensor or a dict of tensors: allocated by space, written, selected and evaluated in chunks."""
+
+import gymnasium as gym
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+FOLD = 16  # steps whose observations FinalObs keeps whole before it takes the rows it needs
+
+
+def zeros(space: gym.Space, shape: tuple[int, ...], device) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Zeros of `shape` + the space's shape and dtype; a dict for a Dict space."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: zeros(part, shape, device) for name, part in space.items()}
+    return torch.zeros(*shape, *space.shape, dtype=getattr(torch, space.dtype.name), device=device)
+
+
+def put(storage, index, value):
+    """`storage[index] = value`, for dicts entry by entry."""
+    if isinstance(storage, dict):
+        for name, part in storage.items():
+            put(part, index, value[name])
+    else:
+        storage[index] = value
+
+
+def take(tree, index):
+    """`tree[index]`, in every tensor of a dict."""
+    return tree_map(lambda x: x[index], tree)
+
+
+def in_chunks(function, size: int, *trees):
+    """`function(*trees)` for at most `size` rows at a time; its results (tensors, tuples, dicts) are concatenated."""
+    rows = len(tree_leaves(trees)[0])
+    if rows <= size:
+        return function(*trees)
+    parts = [tree_flatten(function(*take(trees, slice(i, i + size)))) for i in range(0, rows, size)]
+    columns = zip(*(leaves for leaves, _ in parts), strict=True)
+    return tree_unflatten([None if column[0] is None else torch.cat(column) for column in columns], parts[0][1])
+
+
+class FinalObs:
+    """The true last observations of episodes that a time limit ended, those rows alone, in the order of time.
+
+    Which rows they are is asked once in FOLD steps, because on a GPU the question waits for all that was queued.
+    """
+
+    def __init__(self):
+        self.pending, self.rows = [], []
+
+    def add(self, truncated: torch.Tensor, final_obs):
+        """truncated: (num_envs,) bool; final_obs: (num_envs, ...), valid in those rows."""
+        self.pending.append((truncated, final_obs))
+        if len(self.pending) == FOLD:
+            self._fold()
+
+    def _fold(self):
+        if self.pending:
+            counts = torch.stack([truncated for truncated, _ in self.pending]).sum(1).tolist()
+            for (truncated, final_obs), count in zip(self.pending, counts, strict=True):
+                if count or not self.rows:
+                    self.rows.append(take(final_obs, truncated))
+        self.pending = []
+
+    def take_all(self):
+        """All rows (limits, ...), in the order of `truncations.nonzero()`. Begins anew."""
+        self._fold()
+        rows, self.rows = self.rows, []
+        return tree_map(lambda *parts: torch.cat(parts), *rows)
