@@ -73,12 +73,12 @@ def measure(case: dict, pairs: int, env_steps: int, model_path: str, wait=lambda
     """[(environment's, raw rate)], alternating; `wait` is called before each timed segment."""
     torch.manual_seed(0)
     torch.set_num_threads(case["threads"])
-    config = {"rewards": case["rewards"]}
+    cfg = None
     policy = lambda obs: 0.3 * torch.randn(len(obs), 12)  # noqa: E731
     if case["scenario"] == "policy":
-        agent, config, _ = tools.load_policy(model_path)
-        config["rewards"], policy = case["rewards"], torch.no_grad()(agent.forward)
-    env = Go2Env(case["num_envs"], **config | {"physics_threads": case["threads"]})
+        agent, cfg, _ = tools.load_policy(model_path)
+        policy = torch.no_grad()(agent.forward)
+    env = Go2Env(case["num_envs"], cfg=cfg, physics_threads=case["threads"], rewards=case["rewards"])
     obs, _ = env.reset(seed=1, options={"random_phase": case["scenario"] != "standing"})
     for _ in range(WARM_UP):
         obs = env.step(policy(obs))[0]

@@ -40,7 +40,7 @@ def rate(step, num_envs: int, num_steps: int, repeats: int, wait) -> dict:
 @torch.no_grad()
 def measure_rollout(args: ppo.Args, device: str, num_steps: int, repeats: int, wait) -> dict:
     """The environment alone, and with the policy of `args`."""
-    env = Go2Env(args.num_envs, device, 1, **ppo.env_config(args))
+    env = Go2Env(args.num_envs, device, 1, args)
     next_obs, _ = env.reset(seed=1, options={"random_phase": True})
     actions = 0.3 * torch.randn(16, args.num_envs, 12, device=device)
     alone = rate(lambda i: env.step(actions[i % 16]), args.num_envs, num_steps, repeats, wait)

@@ -50,10 +50,10 @@ def evaluate(run_dir: Path, evaluations: int, episodes: int) -> list[dict]:
     chosen = sorted({round(i * last / max(1, evaluations - 1)) for i in range(evaluations)} | {last})
     rows = []
     for iteration, path in [saved[i] for i in chosen]:
-        agent, env_config, state = tools.load_policy(path)
+        agent, cfg, state = tools.load_policy(path)
         row = {"iteration": iteration, "steps": state["global_step"], "seconds": state["elapsed"]}
-        row |= {"walk": tools.evaluate_walk(agent, env_config, episodes=episodes)}
-        rows.append(row | {"grid": tools.evaluate_grid(agent, env_config, episodes=episodes)})
+        row |= {"walk": tools.evaluate_walk(agent, cfg, episodes=episodes)}
+        rows.append(row | {"grid": tools.evaluate_grid(agent, cfg, episodes=episodes)})
         walk, grid = row["walk"], rows[-1]["grid"]
         print(
             f"iteration {iteration}, {row['steps']:,} steps: walking {walk['falls']} of {walk['episodes']} fell, "

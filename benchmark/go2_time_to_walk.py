@@ -10,6 +10,7 @@ spawn and too rare for a few hundred episodes. Flags this script does not know g
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import tools
@@ -37,8 +38,8 @@ def train(run_dir: Path, flags: list) -> list[tuple[int, Path, float]]:
 def learning_curve(saved: list, episodes: int, device: str = "cpu") -> list[dict]:
     curve = []
     for iteration, path, seconds in saved:
-        agent, env_config, state = tools.load_policy(path)
-        result = tools.evaluate_walk(agent.to(device), env_config, device, episodes)
+        agent, cfg, state = tools.load_policy(path)
+        result = tools.evaluate_walk(agent.to(device), cfg, device, episodes)
         row = {"iteration": iteration, "steps": state["global_step"], "seconds": seconds}
         row |= {"seconds_training": state["elapsed"]}
         row |= {k: result[k] for k in ("walks", "falls", "episodes", "lin_vel_error", "yaw_rate_error", "mean_return")}
@@ -102,13 +103,13 @@ def main():
     for seed in args.seeds:
         print(f"seed {seed}")
         curve = learning_curve(saved[seed], args.eval_episodes)
-        agent, env_config, state = tools.load_policy(saved[seed][-1][1])
+        agent, cfg, state = tools.load_policy(saved[seed][-1][1])
         final = {}
         for name, changes in CHECKS.items():
-            final[name] = tools.evaluate_grid(agent, env_config | changes, episodes=args.eval_episodes)
+            final[name] = tools.evaluate_grid(agent, replace(cfg, **changes), episodes=args.eval_episodes)
             final[name]["meets_goal"] = meets_goal(final[name])
             print(f"  {name}: {final[name]['falls']} falls, error {final[name]['lin_vel_error']:.3f} m/s")
-        starts = tools.evaluate_grid(agent, env_config | {"episode_seconds": START_SECONDS}, episodes=args.starts)
+        starts = tools.evaluate_grid(agent, replace(cfg, episode_seconds=START_SECONDS), episodes=args.starts)
         starts = {k: starts[k] for k in ("episodes", "falls", "fall_rate", "fall_ci95", "fallen_commands")}
         print(f"  {starts['falls']} falls in {starts['episodes']} starts")
         walk = time_to_walk(curve)

@@ -65,11 +65,11 @@ def compare_learning(folder: Path, flags: list, args) -> list[dict]:
             summary = train(script, run_dir, [*flags, "--seed", seed])
             saved = tools.checkpoints(run_dir)
             if side == "ours":
-                env_config = tools.load_policy(saved[-1][1])[1]  # both train and are evaluated in this one
+                cfg = tools.load_policy(saved[-1][1])[1]  # both train and are evaluated in this one
             for iteration, path in saved:
                 policy = torch.jit.load(path) if script == PEER else tools.load_policy(path)[0]
-                walk = tools.evaluate_walk(policy, env_config, episodes=args.eval_episodes)
-                grid = tools.evaluate_grid(policy, env_config, episodes=args.eval_episodes)
+                walk = tools.evaluate_walk(policy, cfg, episodes=args.eval_episodes)
+                grid = tools.evaluate_grid(policy, cfg, episodes=args.eval_episodes)
                 share = iteration / summary["iterations"]
                 row = {"seed": seed, "side": side, "steps": round(share * summary["global_step"])}
                 rows.append(row | {"seconds": share * summary["wall_seconds"], "walk": walk, "grid": grid})

@@ -65,7 +65,7 @@ def main():
         args.precision = "bfloat16" if distributed.has_bfloat16("cpu") else "float32"
     run_dir = Path(args.log_dir)
     torch.manual_seed(args.seed)
-    env = Adapter(Go2Env(args.num_envs, "cpu", args.seed, **ppo.env_config(args)), args.seed)
+    env = Adapter(Go2Env(args.num_envs, "cpu", args.seed, args), args.seed)
     runner = runners.OnPolicyRunner(env, runner_config(args), log_dir=None, device="cpu")
     iterations = -(-args.total_timesteps // (args.num_envs * args.num_steps)) or args.num_iterations
     done, seconds, warm_up = 0, 0.0, None

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import ppo_go2_mujoco as ppo
 from common import checkpoint
+from common.envs.go2 import Go2Config
 from common.envs.go2_eval import evaluate
 from common.files import write_json
 from common.provenance import ROOT, run_info
@@ -75,27 +77,27 @@ def logged_rate(folder: Path, warm_up_steps: int) -> float:
     return (last.step - first.step) / (last.wall_time - first.wall_time)
 
 
-def load_policy(path: Path) -> tuple[torch.nn.Module, dict, dict]:
-    """(deterministic policy, its environment's settings, the whole checkpoint)."""
+def load_policy(path: Path) -> tuple[torch.nn.Module, ppo.Args, dict]:
+    """(deterministic policy, the settings of its run, the whole checkpoint)."""
     state = checkpoint.load(path, ppo.SCRIPT, "cpu")
     args = ppo.Args(**{k: v for k, v in state["args"].items() if k in ppo.Args.__dataclass_fields__})
     obs_dim = state["agent"]["critic.0.weight"].shape[1]
     agent = ppo.Agent(obs_dim, len(state["agent"]["actor_logstd"]), args)
     agent.load_state_dict(state["agent"])
-    return agent, ppo.env_config(args) | {"physics_threads": 0}, state
+    return agent, args, state
 
 
-def evaluate_walk(policy, env_config: dict, device: str = "cpu", episodes: int = 128, seed: int = EVAL_SEED) -> dict:
+def evaluate_walk(policy, cfg: Go2Config, device: str = "cpu", episodes: int = 128, seed: int = EVAL_SEED) -> dict:
     """Eight forward velocities, and whether that counts as walking."""
-    result = evaluate(policy, env_config | WALK, device, episodes, seed, counts=(8, 1, 1))
+    result = evaluate(policy, replace(cfg, **WALK), device, episodes, seed, counts=(8, 1, 1))
     result = shorten(result)
     result["walks"] = result["falls"] == 0 and result["lin_vel_error"] < WALK_ERROR
     return result
 
 
-def evaluate_grid(policy, env_config: dict, device: str = "cpu", episodes: int = 128, seed: int = EVAL_SEED) -> dict:
+def evaluate_grid(policy, cfg: Go2Config, device: str = "cpu", episodes: int = 128, seed: int = EVAL_SEED) -> dict:
     """The whole grid of trained commands."""
-    return shorten(evaluate(policy, env_config, device, episodes, seed))
+    return shorten(evaluate(policy, cfg, device, episodes, seed))
 
 
 def shorten(result: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/go2.md from the code they describe: python docs/make_go2_tables.py"""
+"""Writes the tables of docs/go2*.md from the code they describe: python docs/make_go2_tables.py"""
 
 import ast
 import inspect
@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "go2.md"
+PAGES = sorted((ROOT / "docs").glob("go2*.md"))
 sys.path.insert(0, str(ROOT))
 
 from common.envs import go2  # noqa: E402
@@ -146,14 +146,14 @@ def page(text: str) -> str:
     for name, table in TABLES.items():
         block = f"<!-- table: {name} -->\n" + "\n".join(table()) + "\n<!-- end -->"
         pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        assert count == 1, f"{PAGE} holds {count} tables named {name}, not one"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
-    print(f"wrote the tables of {PAGE.relative_to(ROOT)}")
+    for path in PAGES:
+        path.write_text(page(path.read_text()))
+        print(f"wrote the tables of {path.relative_to(ROOT)}")
     for term, code in code_of_terms().items():
         if FORMULAS.get(term, ("",))[0] != code:
             print(f"FORMULAS[{term!r}] describes other code than: {code}")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -986,6 +987,22 @@ def test_gymnasium():
         assert reward.dtype == torch.float32 and terminated.dtype == truncated.dtype == torch.bool
         assert not (obs.requires_grad or reward.requires_grad)
     env.close()
+
+
+def test_settings_as_a_dataclass():
+    """Any dataclass with the fields of Go2Config, such as a script's Args; it is copied, and names override it."""
+
+    @dataclass
+    class Args(go2.Go2Config):
+        learning_rate: float = 1.0
+
+    args = Args(kp=30.0, history=2)
+    env = Go2Env(2, "cpu", 1, args, 1, kd=0.7)
+    args.kp = 99.0
+    assert env.cfg == go2.Go2Config(kp=30.0, history=2, kd=0.7)
+    assert env.single_observation_space.shape == (96,)
+    assert set(go2.ENV_SETTINGS) == set(asdict(args)) - {"learning_rate"} and "physics_threads" not in asdict(args)
+    assert gym.make_vec("Go2-v0", num_envs=1, commands="full").single_observation_space.shape == (50,)
 
 
 def test_actions_may_carry_gradients():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def test_a_hundred_iterations_teach_the_go2_to_follow_forward_commands(tmp_path)
 
     state = checkpoint.load(tmp_path / "checkpoints" / "final_model.pt", ppo.SCRIPT)
     args = ppo.Args(**state["args"])
-    config = ppo.env_config(args) | {"command_vx": (0.3, 1.0), "command_vy": (0.0, 0.0), "command_yaw": (0.0, 0.0)}
+    cfg = replace(args, command_vx=(0.3, 1.0), command_vy=(0.0, 0.0), command_yaw=(0.0, 0.0))
     torch.manual_seed(0)
     trained, untrained = ppo.Agent(48, 12, args), ppo.Agent(48, 12, args)
     trained.load_state_dict(state["agent"])
@@ -32,7 +33,7 @@ def test_a_hundred_iterations_teach_the_go2_to_follow_forward_commands(tmp_path)
     def at_random(obs):
         return torch.randn(len(obs), 12)
 
-    walks, stands, shakes = (evaluate(p, config, "cpu", 64, seed=777) for p in (trained, untrained, at_random))
+    walks, stands, shakes = (evaluate(p, cfg, "cpu", 64, seed=777) for p in (trained, untrained, at_random))
     shown = "fall_rate", "lin_vel_error", "mean_length"
     print(json.dumps([{key: result[key] for key in shown} for result in (walks, stands, shakes)], indent=1))
     assert walks["fall_rate"] < 0.1 and walks["lin_vel_error"] < 0.35

@@ -1,7 +1,7 @@
 """Unitree Go2 velocity tracking on flat ground, batched in MuJoCo. See docs/go2.md for spaces, rewards and sources."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -68,8 +68,6 @@ class Go2Config:
     """MJCF of the robot, found by joint names; empty: common/assets/go2.xml"""
     backend: Literal["auto", "mujoco", "warp"] = "auto"
     """physics engine: C thread pool (mujoco), MuJoCo Warp, or auto: warp on CUDA, mujoco on a CPU"""
-    physics_threads: int = 0
-    """threads of the mujoco backend (0: all cores divided by the ranks on this machine)"""
     substeps: int = 2
     """physics steps per 0.02 s control step"""
     solver: Literal["auto", "pgs", "newton", "cg"] = "auto"
@@ -144,6 +142,9 @@ class Go2Config:
     """largest change of horizontal base velocity by a push (m/s)"""
     observation_noise: float = 1.0
     """factor on the observation noise of legged_gym"""
+
+
+ENV_SETTINGS = tuple(field.name for field in fields(Go2Config))
 
 
 def build_model(cfg: Go2Config, backend: str = "mujoco", visual: bool = False) -> mujoco.MjModel:
@@ -239,17 +240,29 @@ def _check(cfg: Go2Config, num_envs: int):
 class Go2Env(VectorEnv):
     """A vector environment as docs/environments.md says: torch tensors, same-step autoreset, true last observations.
 
+    `cfg` is copied, whatever dataclass holds its fields beside others; named settings override it. `physics_threads`
+    (0: all cores) is for the mujoco backend.
+
     Action (num_envs, 12): offset from the default pose in units of `action_scale` rad, in the order of JOINTS.
     Observation (num_envs, obs_dim * history): see docs/go2.md. Raises ValueError for settings that do not fit.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": round(1 / CONTROL_DT)}
 
-    def __init__(self, num_envs: int = 1, device: str | torch.device = "cpu", seed: int = 1, **config):
-        unknown = config.keys() - {f.name for f in fields(Go2Config)}
+    def __init__(
+        self,
+        num_envs: int = 1,
+        device: str | torch.device = "cpu",
+        seed: int = 1,
+        cfg: Go2Config | None = None,
+        physics_threads: int = 0,
+        **config,
+    ):
+        unknown = config.keys() - set(ENV_SETTINGS)
         if unknown:
             raise ValueError(f"Go2Env has no setting {', '.join(sorted(unknown))}")
-        self.cfg = cfg = Go2Config(**config)
+        cfg = cfg or Go2Config()
+        self.cfg = cfg = replace(Go2Config(**{name: getattr(cfg, name) for name in ENV_SETTINGS}), **config)
         _check(cfg, num_envs)
         self.device, backend = resolve_backend(cfg.backend, device)
         self.num_envs = num_envs
@@ -260,7 +273,7 @@ class Go2Env(VectorEnv):
             num_envs,
             device,
             backend,
-            cfg.physics_threads,
+            physics_threads,
             (*per_world, "actuator_forcerange") if cfg.randomise else (),
             nconmax=32,
             njmax=256,

@@ -36,9 +36,9 @@ SETTLE = round(1.0 / CONTROL_DT)  # steps from standing to the commanded velocit
 TRAJECTORY_BATCH = 250  # robots at once in save_trajectories: about 140 MB of memory for 20 s episodes
 
 
-def command_grid(env_config: dict, num_commands: int, episodes: int, counts=(7, 3, 3)) -> torch.Tensor:
+def command_grid(cfg: Go2Config, num_commands: int, episodes: int, counts=(7, 3, 3)) -> torch.Tensor:
     """(n >= episodes, num_commands): an even grid over the ranges of vx, vy and yaw rate, repeated to `episodes`."""
-    low_high = [env_config[f"command_{name}"] for name in ("vx", "vy", "yaw")]
+    low_high = [getattr(cfg, f"command_{name}") for name in ("vx", "vy", "yaw")]
     axes = [torch.linspace(low, high, n if low < high else 1) for (low, high), n in zip(low_high, counts, strict=True)]
     grid = torch.cartesian_prod(*axes)
     grid = grid.repeat(math.ceil(episodes / len(grid)), 1)
@@ -46,19 +46,16 @@ def command_grid(env_config: dict, num_commands: int, episodes: int, counts=(7, 
 
 
 @torch.no_grad()
-def evaluate(
-    policy: Policy, env_config: dict, device, episodes: int = 128, seed: int = 10_000, counts=(7, 3, 3)
-) -> dict:
+def evaluate(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: int = 10_000, counts=(7, 3, 3)) -> dict:
     """Runs one episode per command of the grid to its end. Velocities are compared step by step, after one second.
 
     Returns the metrics of docs/go2.md (m/s, rad/s, W, m) and, under `grid`, the same per episode.
     """
-    config = env_config | {"resample_seconds": 1e6, "jump_interval": math.inf}
-    num_commands = 5 if env_config["commands"] == "full" else 3
-    commands = command_grid(config, num_commands, episodes, counts).to(device)
+    num_commands = 5 if cfg.commands == "full" else 3
+    commands = command_grid(cfg, num_commands, episodes, counts).to(device)
     if num_commands == 5:
-        commands[:, 3] = env_config["base_height_target"]
-    env = Go2Env(len(commands), device, seed, **config)
+        commands[:, 3] = cfg.base_height_target
+    env = Go2Env(len(commands), device, seed, cfg, resample_seconds=1e6, jump_interval=math.inf)
     env.fixed_commands = commands
     obs, _ = env.reset(seed=seed)
     N = len(commands)
@@ -157,7 +154,7 @@ def command_script(cfg: Go2Config) -> list[tuple[str, float, tuple[float, ...]]]
 
 
 @torch.no_grad()
-def record_video(policy: Policy, env_config: dict, path: str | Path, seconds: float = 12, seed: int = 10_000):
+def record_video(policy: Policy, cfg: Go2Config, path: str | Path, seconds: float = 12, seed: int = 10_000):
     """One robot on the CPU follows `command_script`, filmed in real time at 25 frames per second.
 
     Green is the commanded velocity, orange the measured one, averaged over about a quarter of a second. Returns the
@@ -177,7 +174,7 @@ def record_video(policy: Policy, env_config: dict, path: str | Path, seconds: fl
         "jump_tracking": math.inf,
         "episode_seconds": seconds + 1,
     }
-    env = Go2Env(1, "cpu", seed, **env_config | changes | {"physics_threads": 1})
+    env = Go2Env(1, "cpu", seed, cfg, physics_threads=1, **changes)
     script = command_script(env.cfg)
     ends = np.cumsum([share for _, share, _ in script]) * seconds / sum(share for _, share, _ in script)
     full = env.cfg.commands == "full"
@@ -231,14 +228,14 @@ def _velocity_arrows(qpos: np.ndarray, yaw: float, command: np.ndarray, measured
 
 
 @torch.no_grad()
-def evaluate_jumps(policy: Policy, env_config: dict, device, episodes: int = 128, seed: int = 30_000) -> dict:
+def evaluate_jumps(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: int = 30_000) -> dict:
     """One jump per robot, from standing, at heights drawn from `command_jump`. In a success all four feet leave the
     ground, the base comes within JUMP_TOLERANCE of the commanded height, and the robot still stands after the landing.
     """
     changes = {"jump_interval": math.inf, "jump_tracking": math.inf, "resample_seconds": 1e6}
-    env = Go2Env(episodes, device, seed, **env_config | changes)
+    env = Go2Env(episodes, device, seed, cfg, **changes)
     env.fixed_commands = torch.zeros(episodes, 5, device=device)
-    env.fixed_commands[:, 3] = env_config["base_height_target"]
+    env.fixed_commands[:, 3] = cfg.base_height_target
     obs, _ = env.reset(seed=seed)
     alive, flew = (torch.full((episodes,), value, device=device) for value in (True, False))
     apex, target = (torch.zeros(episodes, device=device) for _ in range(2))
@@ -276,7 +273,7 @@ def observation_layout(cfg: Go2Config) -> list[tuple[str, int, float]]:
 
 @torch.no_grad()
 def save_trajectories(
-    policy: Policy, env_config: dict, device, path: str | Path, num_trajectories: int, seed: int = 20_000
+    policy: Policy, cfg: Go2Config, device, path: str | Path, num_trajectories: int, seed: int = 20_000
 ) -> Path:
     """Whole episodes with the commands of training, as HDF5 in robomimic's layout; docs/go2.md describes the file.
 
@@ -287,7 +284,7 @@ def save_trajectories(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    env = Go2Env(min(num_trajectories, TRAJECTORY_BATCH), device, seed, **env_config)
+    env = Go2Env(min(num_trajectories, TRAJECTORY_BATCH), device, seed, cfg)
     joints = sorted(JOINTS, key=lambda name: int(env.model.joint(name).qposadr[0]))
     env_args = {"env_name": "Go2-v0", "env_type": 2, "env_kwargs": asdict(env.cfg)}  # 2 is robomimic's "gym"
     try:
@@ -399,7 +396,7 @@ def _pivot(x: np.ndarray, y: np.ndarray, values: np.ndarray, reduce=np.mean):
     return xs, ys, np.array([[reduce(values[(x == a) & (y == b)]) for a in xs] for b in ys], float)
 
 
-def report(policy: Policy, env_config: dict, result: dict, run_dir: Path, name: str, save_video: bool = True) -> None:
+def report(policy: Policy, cfg: Go2Config, result: dict, run_dir: Path, name: str, save_video: bool = True) -> None:
     """Writes eval/{name}.json, eval/{name}.png and videos/{name}.mp4 into `run_dir`, and prints the main numbers."""
     write_json(run_dir / "eval" / f"{name}.json", result)
     plot_grid(result, run_dir / "eval" / f"{name}.png")
@@ -409,4 +406,4 @@ def report(policy: Policy, env_config: dict, result: dict, run_dir: Path, name: 
         flush=True,
     )
     if save_video:
-        record_video(policy, env_config, run_dir / "videos" / f"{name}.mp4")
+        record_video(policy, cfg, run_dir / "videos" / f"{name}.mp4")
