@@ -224,7 +224,7 @@ class Network(nn.Module):
             return self.mlp(x), None
         if x.dim() == 2:
             output, states = self(x[:, None], state, starts[:, None])
-            return output[:, 0], states[0]
+            return output[:, 0], states.popitem()[1]
         # Between two starts the LSTM takes all steps in one call.
         edges = (starts[:, 1:].any(0).nonzero().flatten() + 1).tolist()
         outputs, states = [], {}
@@ -449,16 +449,15 @@ def make(args: Args, num_envs: int, seed: int, **more):
 
 def main(args: Args):
     # --- ranks and seeds
-    num_minibatch = args.num_envs * args.num_steps // args.ranks // args.num_minibatches
-    device, rank, world_size = distributed.init(args.device, small=num_minibatch < 2048)
+    T, N = args.num_steps, args.num_envs // args.ranks  # detail 1: vectorised architecture
+    args.batch_size = T * N
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    device, rank, world_size = distributed.init(args.device, small=args.minibatch_size < 2048)
     args.device = str(device)
     seed = args.seed + distributed.SEEDS * rank
     torch.manual_seed(args.seed)  # the same networks on every rank
 
     # --- environments
-    T, N = args.num_steps, args.num_envs // world_size  # detail 1: vectorised architecture
-    args.batch_size = T * N
-    args.minibatch_size = args.batch_size // args.num_minibatches
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
     video_dir = str(Path(args.log_dir) / "videos") if args.capture_video and rank == 0 else ""
     envs = make(args, N, seed, video_dir=video_dir)
@@ -664,7 +663,7 @@ def main(args: Args):
         export(agent, run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
-        report(agent, args, result, run.dir, "final_model")
+        report(agent, args, result, run.dir, "final_model", args.save_video)
         write_json(run.dir / "summary.json", summary | result | run_info())
         print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     logger.close()
@@ -694,10 +693,10 @@ def record_video(agent: Agent, args: Args, path: Path) -> Path | None:
     return isaac_eval.record_video(agent, make_envs, path, args.seed + 20_000, agent.zero_state(1))
 
 
-def report(agent: Agent, args: Args, result: dict, run_dir: Path, name: str):
+def report(agent: Agent, args: Args, result: dict, run_dir: Path, name: str, save_video: bool):
     """Writes the figures of an evaluation, and a video."""
     write_json(run_dir / "eval" / f"{name}.json", result)
-    if args.save_video:
+    if save_video:
         record_video(agent, args, run_dir / "videos" / f"{name}.mp4")
 
 
@@ -721,7 +720,7 @@ def evaluate_checkpoint(args: Args):
     checkpoint.load_agent(agent, state, "--model-path")
     result = run_evaluation(agent, args, envs)
     envs.close()
-    report(agent, args, result, run_dir, path.stem)
+    report(agent, args, result, run_dir, path.stem, args.save_video)
     print(f"everything is in {run_dir}")
 
 

@@ -323,15 +323,14 @@ def check_args(args: Args):
 
 def main(args: Args):
     # --- ranks and seeds
-    num_minibatch = args.num_envs * args.num_steps // args.ranks // args.num_minibatches
-    device, rank, world_size = distributed.init(args.device, small=num_minibatch < 2048)
+    T, N = args.num_steps, args.num_envs // args.ranks  # detail 1: vectorised architecture
+    args.batch_size = T * N
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    device, rank, world_size = distributed.init(args.device, small=args.minibatch_size < 2048)
     seed = args.seed + distributed.SEEDS * rank
     torch.manual_seed(args.seed)  # the same networks on every rank
 
     # --- environments
-    T, N = args.num_steps, args.num_envs // world_size  # detail 1: vectorised architecture
-    args.batch_size = T * N
-    args.minibatch_size = args.batch_size // args.num_minibatches
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
     envs = Go2Env(N, device, seed, cfg=args, physics_threads=distributed.cores_per_rank())
 
@@ -519,7 +518,7 @@ def main(args: Args):
         checkpoint.export_onnx(agent, torch.zeros(1, agent.obs_dim), run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
-        report(agent, args, result, run.dir, "final_model")
+        report(agent, args, result, run.dir, "final_model", args.save_video)
         summary |= {name: value for name, value in result.items() if name != "grid"}
         write_json(run.dir / "summary.json", summary | run_info())
         print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
@@ -543,7 +542,7 @@ def evaluate_checkpoint(args: Args):
     agent = Agent(envs, args).to(args.device)
     checkpoint.load_agent(agent, state, "--model-path")
     result = run_evaluation(agent, args, envs)
-    report(agent, args, result, run_dir, path.stem)
+    report(agent, args, result, run_dir, path.stem, args.save_video)
     if args.save_trajectories:
         save_trajectories(agent, args, args.device, args.save_trajectories, args.num_trajectories)
     print(f"everything is in {run_dir}")

@@ -139,7 +139,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank."""
     if not dist.is_initialized():
         return bool(flag)
-    return total(torch.tensor(float(flag), device=device)).item() > 0
+    return total(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What the tests of whole runs share: waiting for processes, and comparing what they saved."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -50,3 +51,19 @@ def differences(a, b, path=""):
         return [name for i, (x, y) in enumerate(zip(a, b, strict=True)) for name in differences(x, y, f"{path}.{i}")]
     equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if equal else [path]
+
+
+def undocumented(path: Path, cls: str) -> list[str]:
+    """The fields of a dataclass that neither a comment behind them nor a docstring below them explains."""
+    source = path.read_text()
+    lines = source.splitlines()
+    [body] = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == cls]
+    found = []
+    for field, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            comment = lines[field.end_lineno - 1].partition("  # ")[2]
+            docstring = following.value.value if isinstance(following, ast.Expr) else ""
+            if len(comment + docstring) <= 5:
+                found.append(field.target.id)
+    assert any(isinstance(node, ast.AnnAssign) for node in body)
+    return found

@@ -248,6 +248,7 @@ class Go2Env(VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": round(1 / CONTROL_DT)}
+    exact_resume = True  # `load_state_dict` restores all there is
 
     def __init__(
         self,
