@@ -432,7 +432,6 @@ def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.clip_actions >= 0, "clip_actions", "0 or a number above it")
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    cli.check_minibatches(args)
     accelerated = args.compile or args.cuda_graphs
     cli.check(not (args.lstm and accelerated), "--lstm got --compile or --cuda-graphs beside it; it takes neither")
     cli.check_compiler(args)

@@ -312,7 +312,6 @@ def check_args(args: Args):
     cli.check_flag(args, args.num_trajectories > 0, "num_trajectories", "a number above 0")
     only_evaluated = args.eval_only or not args.save_trajectories
     cli.check_flag(args, only_evaluated, "save_trajectories", "a file only with --eval-only")
-    cli.check_minibatches(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
