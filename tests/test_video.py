@@ -197,3 +197,11 @@ def test_the_users_choice_comes_first(monkeypatch):
         assert video.find_gl() == video.find_gl() == "osmesa" and tried == ["osmesa"]
     finally:
         video.find_gl.cache_clear()
+
+
+def test_the_command_that_make_asks():
+    program = [sys.executable, "-m", "common.video"]
+    root = Path(__file__).parent.parent
+    env = os.environ | {"MUJOCO_GL": "nothing"}
+    run = subprocess.run(program, cwd=root, env=env, capture_output=True, text=True)
+    assert run.returncode == 1 and "no video: MUJOCO_GL=nothing does not work here" in run.stdout
