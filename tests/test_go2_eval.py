@@ -51,7 +51,7 @@ def test_grid(standing):
     assert len(np.unique(command, axis=0)) == 63  # every combination, twice
     shapes = {name: np.array(values).shape for name, values in standing["grid"].items()}
     assert shapes == {"command": (126, 3), "mean_velocity": (126, 3)} | dict.fromkeys(
-        ("lin_vel_error", "yaw_rate_error", "fallen", "return"), (126,)
+        ("lin_vel_error", "yaw_rate_error", "fallen", "max_tilt", "return"), (126,)
     )
     fixed = go2_eval.command_grid(config(command_vx=(0.5, 0.5)), 5, 10)
     assert fixed.shape == (18, 5) and (fixed[:, 0] == 0.5).all() and (fixed[:, 3:] == 0).all()

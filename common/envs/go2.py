@@ -56,6 +56,9 @@ NATURAL = REFERENCE | {
 JUMP = {"jump_height": 6.0, "jump_land": 1.0}
 # Standing still on four feet is no virtue while a jump is under way.
 OFF_IN_JUMP = ("lin_vel_z", "base_height", "action_rate", "pose", "air_time", "clearance", "trot", "stand", "power")
+# The fields of the model that differ between worlds with `randomise`.
+RANDOMISED = ("geom_friction", "body_mass", "body_inertia", "actuator_gainprm", "actuator_biasprm")
+RANDOMISED += ("actuator_forcerange", "dof_damping", "dof_frictionloss", "dof_armature")
 SWING_HEIGHT = 0.1  # m, the height of a foot's centre that `clearance` asks of a swing
 TERMS = (*NATURAL, *JUMP)
 
@@ -74,6 +77,10 @@ class Go2Config:
     """MuJoCo's constraint solver; auto: pgs for the mujoco backend, newton for warp, which has no pgs"""
     solver_iterations: int = 4
     """most iterations of the constraint solver"""
+    cone: Literal["pyramidal", "elliptic"] = "pyramidal"
+    """friction cone of the contacts"""
+    impratio: float = 1.0
+    """ratio of frictional to normal impedance of the contacts"""
     commands: Literal["velocity", "full"] = "velocity"
     """velocity: vx, vy, yaw rate; full: also base height and jump"""
     command_vx: tuple[float, float] = (-1.0, 2.0)
@@ -87,7 +94,7 @@ class Go2Config:
     command_jump: tuple[float, float] = (0.5, 0.7)
     """range of the base height a jump is to reach (m); full commands only"""
     jump_interval: float = 5.0
-    """mean time between jump commands (s); full commands only"""
+    """mean time between jump commands (s; inf: never); full commands only"""
     jump_tracking: float = 0.3
     """jumps are commanded only to robots whose mean velocity error in this episode is below this (m/s)"""
     resample_seconds: float = 4.0
@@ -136,8 +143,14 @@ class Go2Config:
     """factor on each motor's kp and, drawn apart, kd"""
     latency_range: tuple[int, int] = (0, 1)
     """control steps added to action_latency, drawn per episode"""
+    damping_range: tuple[float, float] = (0.1, 2.0)
+    """viscous friction of each joint (Nm s/rad), drawn per episode"""
+    frictionloss_range: tuple[float, float] = (0.0, 1.4)
+    """dry friction of each joint (Nm), drawn per episode"""
+    armature_range: tuple[float, float] = (0.005, 0.05)
+    """inertia of each joint's rotor and gears (kg m2)"""
     push_interval: float = 6.0
-    """mean time between pushes (s)"""
+    """mean time between pushes (s; inf: never)"""
     push_velocity: float = 0.5
     """largest change of horizontal base velocity by a push (m/s)"""
     observation_noise: float = 1.0
@@ -193,10 +206,11 @@ def build_model(cfg: Go2Config, backend: str = "mujoco", visual: bool = False) -
     option = spec.option
     option.timestep = CONTROL_DT / cfg.substeps
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    option.cone, option.impratio = mujoco.mjtCone.mjCONE_PYRAMIDAL, 1
+    option.cone = getattr(mujoco.mjtCone, f"mjCONE_{cfg.cone.upper()}")
+    option.impratio = cfg.impratio
     solver = cfg.solver if cfg.solver != "auto" else "newton" if backend == "warp" else "pgs"
     option.solver = getattr(mujoco.mjtSolver, f"mjSOL_{solver.upper()}")
-    option.iterations, option.ls_iterations = cfg.solver_iterations, 10
+    option.iterations, option.ls_iterations = cfg.solver_iterations, 20
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
     for flag in ("ISLAND", "MIDPHASE", "EQUALITY"):
         option.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{flag}")
@@ -221,15 +235,32 @@ def _check(cfg: Go2Config, num_envs: int):
         if not valid:
             raise ValueError(f"--{name.replace('_', '-')} takes {takes}, got {got!r}")
 
+    def within(names: str, low: float, high: float, takes: str):
+        for name in names.split():
+            value = getattr(cfg, name)
+            require(
+                all(low <= x <= high for x in (value if isinstance(value, tuple) else (value,))), name, takes, value
+            )
+
     for field in fields(cfg):
         value, choices = getattr(cfg, field.name), get_args(field.type)
         if get_origin(field.type) is Literal:
             require(value in choices, field.name, f"one of {', '.join(choices)}", value)
+        elif choices == (float, float):
+            rising = math.isfinite(value[1] - value[0]) and value[0] <= value[1]
+            require(rising, field.name, "two finite numbers, the smaller one first", value)
     require(num_envs >= 1, "num_envs", "1 or more", num_envs)
-    for name in ("substeps", "solver_iterations", "history"):
-        require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
-    for name in ("resample_seconds", "episode_seconds"):
-        require(getattr(cfg, name) >= CONTROL_DT, name, f"{CONTROL_DT} s or more", getattr(cfg, name))
+    within("substeps solver_iterations history", 1, math.inf, "1 or more")
+    within("resample_seconds episode_seconds", CONTROL_DT, 1e9, f"{CONTROL_DT} s or more")
+    within("jump_interval push_interval", 1e-9, math.inf, "a time above 0 s, or inf for never")
+    within("mass_range strength_range gain_range", 1e-9, math.inf, "factors above 0")
+    within("kp action_scale impratio spawn_height termination_degrees", 1e-9, 1e9, "a number above 0")
+    within("friction_range damping_range frictionloss_range armature_range", 0, math.inf, "numbers from 0")
+    within("kd spawn_noise push_velocity observation_noise", 0, 1e9, "0 or a number above it")
+    within("standing_fraction", 0, 1, "a number from 0 to 1")
+    if cfg.commands == "full":
+        above = f"heights above --base-height-target {cfg.base_height_target}"
+        require(cfg.command_jump[0] > cfg.base_height_target, "command_jump", above, cfg.command_jump)
     require(0 <= cfg.action_latency <= 3, "action_latency", "0 to 3 control steps", cfg.action_latency)
     require(0 <= cfg.command_ends < 1, "command_ends", "a number from 0 to below 1", cfg.command_ends)
     low, high = cfg.latency_range
@@ -268,14 +299,17 @@ class Go2Env(VectorEnv):
         self.device, backend = resolve_backend(cfg.backend, device)
         self.num_envs = num_envs
         self.model = build_model(cfg, backend)
-        per_world = ("geom_friction", "body_mass", "body_inertia", "actuator_gainprm", "actuator_biasprm")
+        self.base = int(self.model.jnt_bodyid[0])  # the floating body
+        lightest = cfg.mass_range[0] * self.model.body_mass[self.base]
+        if cfg.randomise and cfg.payload_range[0] <= -lightest:
+            raise ValueError(f"--payload-range takes masses above {-lightest:.2f} kg, got {cfg.payload_range}")
         self.physics = BatchedMujoco(
             self.model,
             num_envs,
             device,
             backend,
             physics_threads,
-            (*per_world, "actuator_forcerange") if cfg.randomise else (),
+            RANDOMISED if cfg.randomise else (),
             nconmax=32,
             njmax=256,
         )
@@ -402,8 +436,8 @@ class Go2Env(VectorEnv):
         # Euler angles of the body's z axis; atan2 keeps roll right when the robot lies on its back.
         pitch = torch.asin(self.gravity[:, 0].clamp(-1, 1))
         roll = torch.atan2(-self.gravity[:, 1], -self.gravity[:, 2])
-        tilted = torch.maximum(pitch.abs(), roll.abs()) > math.radians(cfg.termination_degrees)
-        terminated = tilted | ~finite
+        self.tilt = torch.rad2deg(torch.maximum(pitch.abs(), roll.abs()))  # of this step, also where it ends an episode
+        terminated = (self.tilt > cfg.termination_degrees) | ~finite
         truncated = (self.episode_length >= self.max_episode_length) & ~terminated
         done = terminated | truncated
         self.nan_resets = self.nan_resets + (~finite).sum()
@@ -593,24 +627,37 @@ class Go2Env(VectorEnv):
         if self.cfg.randomise:
             self._randomise_motors(mask)
 
+    def _draw(self, name: str, *shape: int) -> torch.Tensor:
+        low, high = getattr(self.cfg, f"{name}_range")
+        return self._uniform(*shape, low=low, high=high)
+
+    def _draw_joints(self, name: str) -> torch.Tensor:
+        """(num_envs, nv): one number per joint, zero for the floating base. The robots differ by more than the joints
+        of one do, so that some are stiff, or loose, in all of them.
+        """
+        low, high = getattr(self.cfg, f"{name}_range")
+        N, drawn = self.num_envs, torch.zeros(self.num_envs, self.model.nv, device=self.device)
+        share = self._uniform(N, 1, low=-0.2, high=1.2) + self._uniform(N, 12, low=-0.3, high=0.3)
+        drawn[:, self._v] = low + (high - low) * share.clamp(0, 1)
+        return drawn
+
     def _randomise_bodies(self):
-        """Friction, masses and payload: one draw per world, kept for the whole run."""
+        """Friction, masses, payload and armature: one draw per world, kept for the whole run."""
         N, fields = self.num_envs, self.physics.fields
-        friction = self._uniform(N, 1, low=self.cfg.friction_range[0], high=self.cfg.friction_range[1])
-        fields["geom_friction"][..., 0] = friction.to(fields["geom_friction"].dtype)
-        mass = self._uniform(N, self.model.nbody, low=self.cfg.mass_range[0], high=self.cfg.mass_range[1])
-        payload = torch.zeros(N, self.model.nbody, device=self.device)
-        payload[:, 1] = self._uniform(N, low=self.cfg.payload_range[0], high=self.cfg.payload_range[1])
-        fields["body_mass"].copy_(self._nominal["body_mass"] * mass + payload)
+        fields["geom_friction"][..., 0] = self._draw("friction", N, 1).to(fields["geom_friction"].dtype)
+        mass = self._draw("mass", N, self.model.nbody)
+        fields["body_mass"].copy_(self._nominal["body_mass"] * mass)
+        fields["body_mass"][:, self.base] += self._draw("payload", N)
         fields["body_inertia"].copy_(self._nominal["body_inertia"] * mass[..., None])
+        fields["dof_armature"].copy_(self._draw_joints("armature"))
         self.physics.set_const()
 
     def _randomise_motors(self, mask: torch.Tensor):
-        """Strength, gains and latency: drawn anew for every episode."""
+        """Strength, gains, latency and the joints' friction: drawn anew for every episode."""
         N, cfg, nominal = self.num_envs, self.cfg, self._nominal
-        strength = self._uniform(N, 12, low=cfg.strength_range[0], high=cfg.strength_range[1])
-        kp = strength * self._uniform(N, 12, low=cfg.gain_range[0], high=cfg.gain_range[1])
-        kd = strength * self._uniform(N, 12, low=cfg.gain_range[0], high=cfg.gain_range[1])
+        strength = self._draw("strength", N, 12)
+        kp = strength * self._draw("gain", N, 12)
+        kd = strength * self._draw("gain", N, 12)
         gain = nominal["actuator_gainprm"].repeat(N, 1, 1)
         bias = nominal["actuator_biasprm"].repeat(N, 1, 1)
         gain[..., 0] *= kp
@@ -618,9 +665,10 @@ class Go2Env(VectorEnv):
         bias[..., 2] *= kd
         limits = nominal["actuator_forcerange"] * strength[..., None]
         drawn = {"actuator_gainprm": gain, "actuator_biasprm": bias, "actuator_forcerange": limits}
+        drawn |= {f"dof_{name}": self._draw_joints(name) for name in ("damping", "frictionloss")}
         for name, value in drawn.items():
             field = self.physics.fields[name]
-            field.copy_(torch.where(mask[:, None, None], value.to(field.dtype), field))
+            field.copy_(torch.where(mask.view(N, *[1] * (field.dim() - 1)), value.to(field.dtype), field))
         low, high = cfg.latency_range
         extra = torch.randint(low, high + 1, (N,), generator=self.generator, device=self.device)
         self.latency = torch.where(mask, cfg.action_latency + extra, self.latency)

@@ -61,7 +61,7 @@ def evaluate(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: 
     N = len(commands)
     zero = lambda *shape: torch.zeros(N, *shape, device=device)  # noqa: E731
     alive, fallen = torch.ones(N, dtype=torch.bool, device=device), torch.zeros(N, dtype=torch.bool, device=device)
-    returns, lengths, counted, lin_error, yaw_error, power = (zero() for _ in range(6))
+    returns, lengths, counted, lin_error, yaw_error, power, tilt = (zero() for _ in range(7))
     mean_velocity = zero(3)
     duty, peak, lift, swings = (zero(4) for _ in range(4))
     radius = env.foot_radius
@@ -71,6 +71,7 @@ def evaluate(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: 
         returns += reward * alive
         lengths += alive
         fallen |= terminated & alive
+        tilt = torch.maximum(tilt, env.tilt * alive)
         if step >= SETTLE:
             counted += live
             lin_error += live * (commands[:, :2] - env.lin_vel[:, :2]).norm(dim=1)
@@ -122,6 +123,7 @@ def evaluate(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: 
             "lin_vel_error": lin_error.tolist(),
             "yaw_rate_error": yaw_error.tolist(),
             "fallen": fallen.tolist(),
+            "max_tilt": tilt.tolist(),
             "return": returns.tolist(),
         },
     }
@@ -204,7 +206,7 @@ def record_video(policy: Policy, cfg: Go2Config, path: str | Path, seconds: floa
                 heading += 0.03 * math.remainder(yaw - heading, 2 * math.pi)  # the camera turns with it, slowly
                 recorder.camera.azimuth = 130.0 + math.degrees(heading)
                 arrows = _velocity_arrows(qpos, yaw, env.command[0, :2].numpy(), measured[:2])
-                recorder.frame(qpos, lines, model.body(1).name, arrows)
+                recorder.frame(qpos, lines, model.body(env.base).name, arrows)
     return Path(path)
 
 
