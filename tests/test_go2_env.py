@@ -402,10 +402,39 @@ def refused(words: str, **config):
         ({"action_latency": -1}, "--action-latency"),
         ({"action_latency": 2, "latency_range": (0, 3)}, "--latency-range"),
         ({"latency_range": (2, 1)}, "--latency-range"),
+        ({"randomise": True, "push_interval": 0.0}, "--push-interval .* inf for never, got 0.0"),
+        ({"push_interval": -1.0}, "--push-interval"),
+        ({"commands": "full", "jump_interval": 0.0}, "--jump-interval .* inf for never, got 0.0"),
+        ({"jump_interval": math.nan}, "--jump-interval"),
+        ({"commands": "full", "command_jump": (0.3, 0.3)}, "--command-jump .*--base-height-target 0.3"),
+        ({"commands": "full", "command_jump": (0.7, 0.5)}, "--command-jump"),
+        ({"command_vx": (1.0, -1.0)}, "--command-vx takes two finite numbers, the smaller one first"),
+        ({"command_yaw": (0.0, math.inf)}, "--command-yaw"),
+        ({"friction_range": (1.2, 0.4)}, "--friction-range"),
+        ({"friction_range": (-0.1, 0.4)}, "--friction-range"),
+        ({"mass_range": (0.0, 1.0)}, "--mass-range takes factors above 0"),
+        ({"strength_range": (-1.0, 1.0)}, "--strength-range"),
+        ({"damping_range": (-0.1, 1.0)}, "--damping-range takes numbers from 0"),
+        ({"frictionloss_range": (0.2, 0.1)}, "--frictionloss-range"),
+        ({"armature_range": (math.nan, 0.1)}, "--armature-range"),
+        ({"randomise": True, "payload_range": (-7.0, 0.0)}, "--payload-range .* above -5.88 kg"),
+        ({"resample_seconds": math.inf}, "--resample-seconds"),
+        ({"standing_fraction": 1.1}, "--standing-fraction"),
+        ({"observation_noise": -1.0}, "--observation-noise"),
+        ({"kp": 0.0}, "--kp"),
+        ({"cone": "round"}, "--cone .*elliptic"),
     ),
 )
 def test_bad_setting(config, words):
     refused(words, **config)
+
+
+def test_never():
+    """No push and no jump, where the mean time between them is infinite."""
+    env = freeze(make(200, randomise=True, commands="full", push_interval=math.inf, jump_interval=math.inf))
+    for _ in range(20):
+        env.step(torch.zeros(200, 12))
+    assert not env.physics.qvel.any() and (env.jump_time < 0).all()
 
 
 # --- the end of an episode
@@ -840,6 +869,87 @@ def spans(values, low, high):
     """Within the range, and all of it."""
     margin = 0.03 * (high - low)
     assert low - 1e-6 <= values.min() <= low + margin and high - margin <= values.max() <= high + 1e-6
+
+
+def test_joints_are_drawn():
+    """Damping, dry friction and armature of every joint span their ranges, and the floating base has none of them."""
+    env = make(
+        400, randomise=True, damping_range=(0.2, 1.5), frictionloss_range=(0.1, 0.9), armature_range=(0.01, 0.06)
+    )
+    fields = {name: env.physics.fields[f"dof_{name}"].clone() for name in ("damping", "frictionloss", "armature")}
+    for name, field in fields.items():
+        low, high = getattr(env.cfg, f"{name}_range")
+        assert not field[:, :6].any()
+        for joint in range(6, 18):
+            spans(field[:, joint], low, high)
+        share = (field[:, 6:] - low) / (high - low)
+        assert (share.mean(1) > 0.95).any() and (share.mean(1) < 0.05).any()  # some robots are stiff in all joints
+        assert share.std(1).mean() > 0.05  # and those of one robot differ
+    drawn = torch.cat([field[:, 6:7] for field in fields.values()], 1)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(3)).max() < 0.2
+
+    for i in range(400):
+        put(env, i, (30, 0, 0) if i < 200 else (0, 0, 0))
+    freeze(env).step(torch.zeros(400, 12))
+    for name, field in fields.items():
+        changed = (env.physics.fields[f"dof_{name}"] != field).any(1)
+        assert changed.tolist() == [name != "armature"] * 200 + [False] * 200
+
+
+def test_randomisation_does_not_compound():
+    """After a hundred episodes the numbers are still within their ranges: each is drawn from the nominal model."""
+    env = freeze(make(50, randomise=True, episode_seconds=0.02))
+    for _ in range(100):
+        assert env.step(torch.zeros(50, 12))[3].all()
+    fields = env.physics.fields
+    strength = fields["actuator_forcerange"][..., 1] / torch.tensor(TORQUE_LIMITS)
+    spans(strength, 0.85, 1.15)
+    spans(fields["actuator_gainprm"][..., 0] / 40.0 / strength, 0.9, 1.1)
+    spans(-fields["actuator_biasprm"][..., 1] / 40.0 / strength, 0.9, 1.1)
+    spans(-fields["actuator_biasprm"][..., 2] / strength, 0.9, 1.1)
+    spans(fields["dof_damping"][:, 6:], *env.cfg.damping_range)
+    spans(fields["dof_frictionloss"][:, 6:], *env.cfg.frictionloss_range)
+
+
+def test_first_observation_of_an_episode_is_noisy_too():
+    """The robots stand still when they start, so all that is seen of their velocities is noise."""
+    env = freeze(make(200, randomise=True, episode_seconds=0.02, push_interval=math.inf))
+    for obs in (env.reset()[0], env.step(torch.zeros(200, 12))[0]):
+        for part, bound in ((obs[:, :3], 0.2), (obs[:, 3:6], 0.05), (obs[:, 24:36], 0.075)):
+            assert (part != 0).all()
+            spans(part, -bound, bound)
+
+
+def test_neutral_randomisation_is_none():
+    """With every range shrunk to the nominal value, a randomised robot is the plain one."""
+    one = dict.fromkeys(("mass_range", "strength_range", "gain_range"), (1.0, 1.0))
+    zero = {"payload_range": (0.0, 0.0), "latency_range": (0, 0), "frictionloss_range": (0.0, 0.0)}
+    own = {"friction_range": (0.8, 0.8), "damping_range": (0.1, 0.1), "armature_range": (0.02, 0.02)}
+    calm = {"push_interval": math.inf, "observation_noise": 0.0}
+    env, plain = make(2, randomise=True, **one, **zero, **own, **calm), make(2)
+    for name, field in env.physics.fields.items():
+        if name != "geom_friction":
+            np.testing.assert_allclose(field[1], getattr(plain.model, name), rtol=1e-6, err_msg=name)
+    for index in range(2):
+        put(env, index), put(plain, index)
+    for action in actions(5, 2, 0.1):
+        env.step(action), plain.step(action)
+    torch.testing.assert_close(env.physics.qpos, plain.physics.qpos, atol=1e-5, rtol=0)
+
+
+def test_payload_hangs_on_the_robot(tmp_path):
+    """Not on whatever body comes first in a file."""
+    path = Path(menagerie_like.write(tmp_path, "motors"))
+    post = '<body name="post" pos="3 0 0"><inertial pos="0 0 0" mass="5" diaginertia="1 1 1"/><geom size="0.1"/></body>'
+    text = path.read_text().replace("<worldbody>", f"<worldbody>{post}")
+    path.write_text(text.replace('fusestatic="true"', ""))  # which would make the post a part of the world
+    env = make(20, xml_path=str(path), randomise=True, mass_range=(1.0, 1.0), payload_range=(1.0, 2.0))
+    added = env.physics.fields["body_mass"] - torch.tensor(env.model.body_mass)
+    names = [env.model.body(i).name for i in range(env.model.nbody)]
+    assert names[1] == "post" and names[env.base] == "base"
+    assert (added[:, env.base] >= 1.0 - 1e-6).all() and (added[:, env.base] <= 2.0 + 1e-6).all()
+    added[:, env.base] = 0
+    assert added.abs().max() < 1e-6
 
 
 def test_motors_are_drawn_per_episode():

@@ -248,7 +248,7 @@ def test_warp_is_mujoco(model):
     assert ours[..., 2].min() > 0.2 and (ours[1:, :, 7:] - ours[:-1, :, 7:]).abs().max() > 0.05  # it moved and stood
 
 
-# Dry friction sticks or slips: a difference of 1e-4 is none in one step and a centimetre after fifty, so the test below it.
+# Dry friction sticks or slips: a difference of 1e-4 is nothing in one step and a centimetre after fifty.
 NO_STICTION = {"randomise": True, "frictionloss_range": (0.0, 0.0)}
 
 

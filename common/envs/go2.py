@@ -238,9 +238,8 @@ def _check(cfg: Go2Config, num_envs: int):
     def within(names: str, low: float, high: float, takes: str):
         for name in names.split():
             value = getattr(cfg, name)
-            require(
-                all(low <= x <= high for x in (value if isinstance(value, tuple) else (value,))), name, takes, value
-            )
+            numbers = value if isinstance(value, tuple | list) else (value,)
+            require(all(low <= x <= high for x in numbers), name, takes, value)
 
     for field in fields(cfg):
         value, choices = getattr(cfg, field.name), get_args(field.type)
