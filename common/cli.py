@@ -103,7 +103,8 @@ def check_ranges(args) -> None:
         several = args.device == "cpu" or "WORLD_SIZE" in os.environ
         check_flag(args, several or args.ranks == 1, "ranks", "more than 1 only on a CPU or under torchrun")
         check_flag(args, args.num_envs % args.ranks == 0, "num_envs", f"a multiple of the {args.ranks} ranks")
-        rows, what = args.num_envs // args.ranks, "environments"  # what is shuffled: an LSTM's whole sequences
+    if hasattr(args, "num_minibatches"):
+        rows, what = args.num_envs // args.ranks, "environments"  # an LSTM's sequences are shuffled whole
         if not getattr(args, "lstm", False):
             rows, what = rows * args.num_steps, "samples per iteration"
         fits = rows % args.num_minibatches == 0

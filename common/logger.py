@@ -15,8 +15,8 @@ import yaml
 from tqdm import tqdm
 
 from common.cli import RUN_INFO, fail, require
-from common.files import tolerant, write_json, write_text  # noqa: F401
-from common.provenance import peak_memory_mb, run_info  # noqa: F401
+from common.files import tolerant, write_text
+from common.provenance import run_info
 
 
 class Logger:

@@ -10,6 +10,7 @@ import torch
 
 import ppo_go2_mujoco as ppo
 from common import checkpoint
+from common.envs.go2 import Go2Env
 from common.envs.go2_eval import evaluate
 from common.envs.gym_loop import GymnasiumEnv
 from common.envs.isaac_eval import evaluate as evaluate_tasks
@@ -27,7 +28,8 @@ def test_a_hundred_iterations_teach_the_go2_to_follow_forward_commands(tmp_path)
     args = ppo.Args(**state["args"])
     cfg = replace(args, command_vx=(0.3, 1.0), command_vy=(0.0, 0.0), command_yaw=(0.0, 0.0))
     torch.manual_seed(0)
-    trained, untrained = ppo.Agent(48, 12, args), ppo.Agent(48, 12, args)
+    env = Go2Env(1, "cpu", cfg=args)
+    trained, untrained = ppo.Agent(env, args), ppo.Agent(env, args)
     trained.load_state_dict(state["agent"])
 
     def at_random(obs):

@@ -47,7 +47,7 @@ def start(*argv, ranks=0, program=(sys.executable,), cwd=ROOT, environment=None)
     )
 
 
-def learned(path, keys=("agent", "optimizer", "learning_rate", "global_step", "iteration")):
+def learned(path, keys=("agent", "optimizer", "global_step", "iteration")):
     state = checkpoint.load(path, ppo.SCRIPT)
     return {key: state[key] for key in keys} | {
         "ranks": [{k: r[k] for k in ("envs", "next_obs")} for r in state["ranks"]]
@@ -94,7 +94,8 @@ def test_a_run_leaves_metrics(finished):
 def test_a_run_leaves_checkpoints(finished):
     run, *_ = finished
     folder = run / "checkpoints"
-    assert {f.name for f in folder.iterdir()} == {"model_3.pt", "model_6.pt", "final_model.pt", "best_model.pt"}
+    names = {"model_3.pt", "model_4.pt", "model_6.pt", "final_model.pt", "best_model.pt"}  # what is evaluated is kept
+    assert {f.name for f in folder.iterdir()} == names
     states = {f.name: checkpoint.load(f, ppo.SCRIPT) for f in folder.iterdir()}
     assert states["model_3.pt"]["iteration"] == 3 and states["final_model.pt"]["iteration"] == 6
     assert states["best_model.pt"]["iteration"] in (4, 6)
@@ -119,8 +120,8 @@ def test_onnx_is_the_policy_with_its_normaliser(finished):
     run, *_ = finished
     state = checkpoint.load(run / "checkpoints" / "final_model.pt", ppo.SCRIPT)
     args = ppo.Args(**state["args"] | {"precision": "float32"})
-    env = Go2Env(8, "cpu", seed=3, **ppo.env_config(args))
-    agent = ppo.Agent(env.single_observation_space.shape[0], 12, args)
+    env = Go2Env(8, "cpu", seed=3, cfg=args)
+    agent = ppo.Agent(env, args)
     agent.load_state_dict(state["agent"])
     seen, obs = [], env.reset(seed=3)[0]
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_onnx_is_the_policy_with_its_normaliser(finished):
             seen.append(obs)
             obs = env.step(agent(obs) + 0.5 * torch.randn(8, 12))[0]
         seen = torch.cat(seen)
-        expected, raw = agent(seen).numpy(), agent.actor_mean(seen).numpy()
+        expected, raw = agent(seen).numpy(), agent.actor(seen).numpy()
     session = onnxruntime.InferenceSession(str(run / "policy.onnx"), providers=["CPUExecutionProvider"])
     for batch in (1, 7, 240):
         (actions,) = session.run(["actions"], {"obs": seen[:batch].numpy()})
@@ -151,7 +152,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, flags):
     names = [folder / "checkpoints" / "model_6.pt" for folder in (tmp_path / "a", tmp_path / "b")]
     assert differences(*(learned(name) for name in names)) == []
     moved = differences(learned(begin), learned(names[0]))
-    assert "agent.actor_mean.0.weight" in " ".join(moved)  # it went on learning
+    assert "agent.actor.0.weight" in " ".join(moved)  # it went on learning
 
 
 def test_a_run_of_two_ranks_resumes_exactly(finished, tmp_path):
@@ -279,7 +280,6 @@ def test_torchrun(tmp_path):
 NO_JOINTS = '<mujoco><worldbody><body><freejoint/><geom size=".1"/></body></worldbody></mujoco>'
 MISTAKES = [
     ("--num-envs 0", "--num-envs", "above 0"),
-    ("--num-envs many", "--num-envs", "an integer"),
     ("--num-envs 33 --ranks 2", "--num-envs", "2 ranks"),
     ("--num-envs 4 --num-steps 8 --num-minibatches 5 --ranks 1", "--num-minibatches", "divisor of the 32"),
     ("--ranks -1", "--ranks"),
@@ -288,7 +288,6 @@ MISTAKES = [
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--final-std -1", "--final-std"),
     ("--hidden 64 0", "--hidden"),
-    ("--commands sideways", "--commands", "sideways", "velocity, full"),
     ("--reward-weights nonsense=1", "--reward-weights", "nonsense", "air_time"),
     ("--xml-path {tmp}/robot.xml", "--xml-path", "FR_hip_joint"),
     ("--xml-path {tmp}/absent.xml", "--xml-path", "absent.xml"),
@@ -305,6 +304,9 @@ MISTAKES = [
     ("--save-trajectories out.hdf5", "--save-trajectories", "--eval-only"),
     ("--log-dir {tmp}/damaged.pt", "--log-dir", "a folder"),
 ]
+
+
+SYNTAX_ERRORS = ["--num-envs many", "--commands sideways", "--command-vx 1", "--hidden wide"]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +340,17 @@ def test_a_mistake_ends_with_one_sentence_before_anything_is_written(mistakes, m
         runpy.run_path(str(SCRIPT), run_name="__main__")
     check_sentence(stop.value.code, capfd.readouterr().err, words)
     assert not list((mistakes / "cwd").iterdir())
+
+
+@pytest.mark.parametrize("flags", SYNTAX_ERRORS)
+def test_a_syntax_error_names_the_flag(monkeypatch, tmp_path, capfd, flags):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split(), "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def start(*argv, cwd=ROOT):
 def learned(path):
     """All of a checkpoint that a resumed run must reach again."""
     state = checkpoint.load(path, ppo.SCRIPT)
-    found = {key: state[key] for key in ("agent", "optimizer", "learning_rate", "global_step", "iteration")}
+    found = {key: state[key] for key in ("agent", "optimizer", "global_step", "iteration")}
     for rank in state["ranks"]:
         rank["rng"] = rank["rng"]["torch"]
         for env in rank["envs"]["envs"]:
@@ -237,7 +237,7 @@ class Drawn(gym.Env):
 def film(env_id, path, **settings):
     args = ppo.Args(env_id=env_id, device="cpu", hidden=(8,), lstm_size=8, **settings)
     envs = ppo.make(args, 1, 1)
-    ppo.film(ppo.Agent(envs, args), args, path)
+    ppo.record_video(ppo.Agent(envs, args), args, path)
     envs.close()
 
 
@@ -275,7 +275,7 @@ def test_mjlab_is_filmed_as_it_was_trained_and_isaac_lab_is_left_to_its_recorder
     args = ppo.Args(env_id=env_id, device="cpu", hidden=(8,), history=3, clip_actions=0.5)
     space = SimpleNamespace(single_observation_space=Box(-1, 1, (2,)), single_action_space=Box(-1, 1, (1,)))
     space.policy_dim = space.critic_dim = 2
-    ppo.film(ppo.Agent(space, args), args, tmp_path / "a.mp4")
+    ppo.record_video(ppo.Agent(space, args), args, tmp_path / "a.mp4")
     settings = {"history": 3, "clip_actions": 0.5, "render_mode": "rgb_array"}
     assert made == ([((env_id, 1, "cpu", 1), settings)] if filmed else [])
 
@@ -307,7 +307,6 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, number, to_all):
 MISTAKES = [
     ("--num-envs 0", "--num-envs", "above 0"),
     ("--num-steps 0", "--num-steps", "above 0"),
-    ("--num-envs many", "--num-envs", "an integer"),
     ("--num-envs 9 --ranks 2", "--num-envs", "2 ranks"),
     ("--num-envs 4 --num-steps 8 --num-minibatches 5 --ranks 1", "--num-minibatches", "divisor of the 32 samples"),
     ("--lstm --num-envs 4 --num-minibatches 8 --ranks 1", "--num-minibatches", "divisor of the 4 environments"),
@@ -319,8 +318,6 @@ MISTAKES = [
     ("--hidden 64 0", "--hidden", "above 0"),
     ("--history 0", "--history", "above 0"),
     ("--clip-actions -1", "--clip-actions"),
-    ("--activation gelu", "--activation", "gelu", "tanh, elu, relu"),
-    ("--preset big", "--preset", "isaac-ant"),
     ("--num-env 3", "--num-env;", "--num-envs"),
     ("--headless", "--headless"),  # a flag of Isaac Lab's launcher, where there is no Isaac Lab
     ("--config {tmp}/config.yaml", "num_robots", "config.yaml"),
@@ -330,6 +327,7 @@ MISTAKES = [
     ("--eval-only --model-path {tmp}/damaged.pt", "--model-path", "damaged"),
     ("--log-dir {tmp}/damaged.pt", "--log-dir", "a folder"),
 ]
+SYNTAX_ERRORS = [("--num-envs many", "--num-envs"), ("--activation gelu", "tanh"), ("--preset big", "isaac-ant")]
 LATER_MISTAKES = [  # told by the environment or the policy once they are made
     ("--env-id CartPole-v9", "--env-id", "CartPole-v9", "the nearest is CartPole-v1"),
     ("--env-id HalfCheeta-v5", "--env-id", "HalfCheetah-v5"),
@@ -382,6 +380,15 @@ def test_a_mistake_ends_with_one_sentence_before_anything_is_written(mistakes, m
     code = run(*flags.format(tmp=mistakes).split(), "--device", "cpu")
     check_sentence(code, capfd.readouterr().err, words)
     assert not list((mistakes / "cwd").iterdir())
+
+
+@pytest.mark.parametrize(("flags", "word"), SYNTAX_ERRORS)
+def test_a_syntax_error_names_the_flag_or_what_it_takes(monkeypatch, tmp_path, capfd, flags, word):
+    monkeypatch.chdir(tmp_path)
+    code = run(*flags.split(), "--device", "cpu")
+    err = capfd.readouterr().err
+    assert code == 2 and flags.split()[0] in err and word in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:99"])
