@@ -1,4 +1,4 @@
-"""Writes the tables of docs/go2*.md from the code they describe: python docs/make_go2_tables.py"""
+"""Writes the tables of docs/go2.md and go2_data.md from the code they describe: python docs/make_go2_tables.py"""
 
 import ast
 import inspect
@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("go2*.md"))
 sys.path.insert(0, str(ROOT))
 
 from common.envs import go2  # noqa: E402
@@ -138,22 +137,28 @@ def flag_table() -> list[str]:
     return rows
 
 
-TABLES = {"observation": observation_table, "rewards": reward_table, "flags": flag_table}
+# {page: its tables}
+PAGES = {
+    ROOT / "docs" / "go2.md": {"observation": observation_table, "rewards": reward_table},
+    ROOT / "docs" / "go2_data.md": {"flags": flag_table},
+}
 
 
-def page(text: str) -> str:
-    """`text` with every table between `<!-- table: name -->` and `<!-- end -->` written anew."""
-    for name, table in TABLES.items():
+def written(page: Path) -> str:
+    """The text of a page, with every table between `<!-- table: name -->` and `<!-- end -->` written anew."""
+    text = page.read_text()
+    for name, table in PAGES[page].items():
         block = f"<!-- table: {name} -->\n" + "\n".join(table()) + "\n<!-- end -->"
         pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        assert count == 1, f"{page} holds {count} tables named {name}, not one"
     return text
 
 
 if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(page(path.read_text()))
-        print(f"wrote the tables of {path.relative_to(ROOT)}")
+    for page in PAGES:
+        page.write_text(written(page))
+        print(f"wrote the tables of {page.relative_to(ROOT)}")
     for term, code in code_of_terms().items():
         if FORMULAS.get(term, ("",))[0] != code:
             print(f"FORMULAS[{term!r}] describes other code than: {code}")
