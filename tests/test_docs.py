@@ -1,9 +1,11 @@
-"""Links between the pages lead somewhere."""
+"""Links between the pages lead somewhere, and the map of a script leaves nothing out."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from docs import make_pictures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmark" / "README.md"]
@@ -24,3 +26,22 @@ def test_links_within_the_repository(page):
         if fragment and path.suffix == ".md":
             headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
             assert fragment in map(anchor, headings), f"{page.name} links to {target}, which has no such heading"
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_map_of_a_script(script):
+    """Parts follow one another, and between them stand only blank lines, comments and fences."""
+    source = script.read_text()
+    lines, drawn, before = source.splitlines(), make_pictures.parts(source), 0
+    for first, last, name, kind in drawn:
+        assert before < first <= last, name
+        assert all(not line.strip() or line.strip().startswith("#") for line in lines[before : first - 1]), name
+        assert kind in make_pictures.KINDS
+        before = last
+    assert before == len(lines)
+    assert {"rollout", "update"} <= {name for *_, name, kind in drawn if kind == "loop"}
+
+
+def test_what_a_script_imports():
+    names = {path.name for path in make_pictures.modules(ROOT / "ppo_go2_mujoco.py")}
+    assert {"checkpoint.py", "go2.py", "physics.py"} <= names and "isaac.py" not in names
