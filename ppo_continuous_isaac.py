@@ -495,8 +495,8 @@ def main(args: Args):
             update = CudaGraph(update)
     # === end update ===
 
-    def flat(x):  # what is shuffled of (T, N, ...): steps (T * N, ...), with an LSTM (detail 35) sequences (N, T, ...)
-        return x.transpose(0, 1) if args.lstm else x.flatten(0, 1)
+    def flat(x):  # what is shuffled of (T, N, ...): steps, (T * N, ...); with an LSTM whole sequences, (N, T, ...)
+        return x.transpose(0, 1) if args.lstm else x.flatten(0, 1)  # detail 35: sequential rollouts in minibatches
 
     # --- storage, allocated once
     obs = zeros(envs.single_observation_space, (T, N), device)
@@ -637,7 +637,8 @@ def main(args: Args):
         evaluate_now = args.eval_interval and run.iteration % args.eval_interval == 0 and not last
         if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
             own = {"envs": envs.state_dict(), "next_obs": next_obs}
-            own |= {"next_start": next_start, "running_return": running_return, "state": state}
+            own |= {"next_start": next_start, "running_return": running_return}
+            own |= {"state": state} if args.lstm else {}
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
         if evaluate_now and rank == 0:
             result = run_evaluation(agent, args, envs)
@@ -745,5 +746,5 @@ if __name__ == "__main__":
                 cli.fail(str(error))
             args.log_dir = str(make_run_dir(args, args.env_id))
             what = f"{args.num_envs} environments, {args.ranks} ranks, {args.device}"
-            print(f"preset {args.preset}: {what}, into {args.log_dir}")
+            print(f"{args.env_id}, preset {args.preset}: {what}, into {args.log_dir}")
         distributed.launch(main, args, args.ranks)

@@ -71,6 +71,10 @@ def parse_run_args(Args, script: str, presets: dict, default_preset, not_saved=(
         args.resume, args.model_path = (path, "") if args.resume else ("", path)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        distributed.check_device(args.device)
+    except ValueError as error:
+        fail(str(error))
     if "WORLD_SIZE" in os.environ:  # torchrun
         args.ranks = int(os.environ["WORLD_SIZE"])
     return args

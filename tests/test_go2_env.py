@@ -14,7 +14,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common.envs import go2
-from common.envs.go2 import CONTROL_DT, DEFAULT_POSE, JOINTS, NATURAL, REFERENCE, TORQUE_LIMITS, Go2Env
+from common.envs.go2 import DEFAULT_POSE, NATURAL, REFERENCE, Go2Env
+from common.envs.go2_config import CONTROL_DT, JOINTS, TORQUE_LIMITS
 
 POSE = torch.tensor(DEFAULT_POSE)
 DT = 0.02

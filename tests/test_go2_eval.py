@@ -9,7 +9,8 @@ from PIL import Image
 
 from common import video
 from common.envs import go2_eval
-from common.envs.go2 import LEGS, Go2Config, Go2Env
+from common.envs.go2 import Go2Env
+from common.envs.go2_config import LEGS, Go2Config
 
 KEYS = {"episodes", "mean_return", "return_ci95", "mean_length", "fall_rate", "fall_ci95", "lin_vel_error"}
 KEYS |= {"lin_vel_error_ci95", "yaw_rate_error", "yaw_rate_error_ci95", "mean_power", "cost_of_transport"}

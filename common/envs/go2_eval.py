@@ -15,18 +15,14 @@ from common.cli import require
 from common.envs.go2 import (
     ANG_VEL_SCALE,
     COMMAND_SCALE,
-    CONTROL_DT,
     DOF_VEL_SCALE,
-    JOINTS,
     JUMP_LANDING,
     JUMP_TOLERANCE,
     JUMP_WINDOW,
-    LEGS,
     LIN_VEL_SCALE,
-    Go2Config,
     Go2Env,
-    build_model,
 )
+from common.envs.go2_config import CONTROL_DT, JOINTS, LEGS, Go2Config, build_model
 from common.files import write_json
 from common.stats import mean_ci95, wilson_ci95
 
