@@ -14,6 +14,7 @@ import torch
 from common.distributed import check_device
 
 STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
+MOCAP = ("mocap_pos", "mocap_quat")
 OUTPUTS = ("sensordata", "actuator_force")
 BACKENDS = ("auto", "mujoco", "warp")
 # What `set_const` computes, all of it per world where masses or inertias are.
@@ -36,7 +37,8 @@ class BatchedMujoco:
     """`num_envs` worlds of `model`.
 
     Attributes, each a live tensor of shape (num_envs, n): `qpos`, `qvel`, `ctrl`, `qacc_warmstart` are state, to read
-    and to write in place; `sensordata` and `actuator_force` are outputs of the last `step` and, as with `mj_step`,
+    and to write in place, and so are `mocap_pos` (num_envs, nmocap, 3) and `mocap_quat` (num_envs, nmocap, 4) where the
+    model has mocap bodies; `sensordata` and `actuator_force` are outputs of the last `step` and, as with `mj_step`,
     describe the state before its last substep. `fields[name]` is the per-world copy of a model field named in
     `per_world`, of shape (num_envs, ...), to write in place.
     """
@@ -57,6 +59,7 @@ class BatchedMujoco:
         """
         self.model, self.num_envs = copy.copy(model), num_envs
         self.device, self.backend = resolve_backend(backend, device)
+        self._state = STATE + MOCAP if model.nmocap else STATE
         if self.backend == "mujoco":
             self._init_mujoco(num_threads, per_world)
         else:
@@ -70,7 +73,7 @@ class BatchedMujoco:
         self._batch = batch.Batch(self.model, self.num_envs, num_threads)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            for name in STATE + OUTPUTS:
+            for name in self._state + OUTPUTS:
                 setattr(self, name, torch.from_numpy(self._batch.bind(name)))
         self.fields = {name: torch.from_numpy(self._batch.expand(name)) for name in per_world}
 
@@ -91,7 +94,7 @@ class BatchedMujoco:
             # The few iterations of the solver are meant; without this, every step that uses them all prints.
             self._m.opt.warn_overflow &= ~(mjw.OverflowType.ITERATIONS | mjw.OverflowType.LS_ITERATIONS)
             self._d = mjw.make_data(self.model, nworld=self.num_envs, nconmax=nconmax, njmax=njmax)
-        for name in STATE + OUTPUTS:
+        for name in self._state + OUTPUTS:
             setattr(self, name, wp.to_torch(getattr(self._d, name)))
         self.fields = {name: wp.to_torch(getattr(self._m, name)) for name in per_world}
         for field in self.fields.values():
@@ -136,12 +139,12 @@ class BatchedMujoco:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy of all that the next `step` depends on."""
-        state = {name: getattr(self, name).clone() for name in STATE}
+        state = {name: getattr(self, name).clone() for name in self._state}
         return state | {f"fields.{name}": field.clone() for name, field in self.fields.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         """Restores `state_dict()` of the same model and number of worlds (RuntimeError on other shapes)."""
-        for name in STATE:
+        for name in self._state:
             getattr(self, name).copy_(state[name])
         for name, field in self.fields.items():
             field.copy_(state[f"fields.{name}"])
