@@ -11,12 +11,15 @@ from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import mujoco
+import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from common import tactile
 from common.panda import LOWER, UPPER, Frames, MassMatrix, inverse_kinematics, quaternion_down
 from common.physics import BatchedMujoco, resolve_backend
+from common.render import BatchedRenderer
 
 ASSET = Path(__file__).parent.parent / "assets" / "peg_insert.xml"
 PHYSICS_DT = 1 / 120  # s, Factory's
@@ -27,7 +30,7 @@ YAW_STEP = 0.097  # rad
 POSITION_BOUND = 0.05  # m, half side of the box around the hole that the target never leaves
 NULL_POSE = (-1.3003, -0.4015, 1.1791, -2.1493, 0.4001, 1.9425, 0.4754)  # rad
 NULL_KP, NULL_KD = 10.0, 6.3246  # 1/s2, 1/s
-# rad, where inverse kinematics starts: over the middle of the workspace, and where the null space's torques let it rest.
+# rad, where inverse kinematics starts: over the middle of the workspace, where the null space's torques are zero.
 RESET_POSE = (-0.533, 0.4967, 0.5496, -2.0195, -0.3841, 2.4151, 1.0398)
 FINGERTIP = 0.112071  # m from the hand's frame along its z
 PEG_LENGTH, PEG_RADIUS, GRIP_DEPTH = 0.05, 0.003993, 0.017608  # m; the pads hold the upper GRIP_DEPTH of the peg
@@ -41,11 +44,17 @@ GRASP_NOISE = (0.003, 0.0, 0.003)  # m, in the hand's axes
 OBSERVATION_NOISE = 0.001  # m, standard deviation of the hole's position, one draw per episode
 CLEARANCE = (0.002, 2 * (HOLE_RADIUS - PEG_RADIUS))  # m, hole's diameter less the peg's, at difficulty 0 and 1
 GRASPED = 0.0035  # m, a finger's position when it holds the peg: the pads give by half a millimetre
+GRIP_FORCE = 7500 * GRASPED  # N, a finger's
 KEYPOINTS = (-0.075, -0.025, 0.025, 0.075)  # m along the peg's axis, from its lower end
 KEYPOINT_TERMS = {"baseline": (5.0, 4.0), "coarse": (50.0, 2.0), "fine": (100.0, 0.0)}  # (a, b) of `squash`
 TERMS = (*KEYPOINT_TERMS, "engaged", "success")
 CENTRED = 0.0025  # m, the largest horizontal error of a peg that is engaged or seated
 ENGAGED, SEATED = 0.9 * HOLE_DEPTH, 0.04 * HOLE_DEPTH  # m above the floor
+PADS, GRIPS = ("left_pad", "right_pad"), ("grip_low", "grip_high")  # each pad touches each grip in one point
+GRIP_HEIGHTS = (0.0365, 0.046)  # m above the peg's lower end
+TAXELS = 32  # per side of a pad
+TACTILE_SPREAD = 0.0015  # m, standard deviation of the print of a point force
+MODALITIES = ("rgb", "tactile", "proprio")
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 
 
@@ -61,8 +70,14 @@ class PegInsertConfig:
     """physics steps per 1/120 s"""
     solver_iterations: int = 20
     """most iterations of the constraint solver (Newton)"""
-    observation: Literal["state"] = "state"
-    """state: Factory's 19 numbers"""
+    observation: Literal["state", "multimodal"] = "state"
+    """state: Factory's 19 numbers, the hole's noisy position among them; multimodal: a dict of the modalities"""
+    modalities: tuple[Literal["rgb", "tactile", "proprio"], ...] = MODALITIES
+    """what a multimodal observation consists of"""
+    camera: Literal["wrist", "side"] = "wrist"
+    """the camera of rgb"""
+    image_size: int = 64
+    """height and width of rgb (pixels)"""
     normalize_joint_angles: bool = True
     """proprioception has joint angles as -1 to 1 between their limits, not in rad"""
     difficulty: float = 1.0
@@ -90,7 +105,13 @@ def build_model(cfg: PegInsertConfig, visual: bool = False) -> mujoco.MjModel:
     # Several points per pair of geoms cost a third of the time; eight walls hold the peg upright with one each.
     for flag in ("ISLAND", "MIDPHASE", "EQUALITY", "MULTICCD"):
         option.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{flag}")
+    if _observes(cfg, "tactile"):
+        tactile.add_sensors(spec, "fingertip", PADS, GRIPS)
     return spec.compile()
+
+
+def _observes(cfg: PegInsertConfig, modality: str) -> bool:
+    return cfg.observation == "multimodal" and modality in cfg.modalities
 
 
 def squash(distance: torch.Tensor, a: float, b: float) -> torch.Tensor:
@@ -110,17 +131,26 @@ def _check(cfg: PegInsertConfig, num_envs: int):
         if get_origin(field.type) is Literal:
             require(value in choices, field.name, f"one of {', '.join(choices)}", value)
     require(num_envs >= 1, "num_envs", "1 or more", num_envs)
-    for name in ("substeps", "solver_iterations", "max_episode_steps"):
+    known = bool(cfg.modalities) and set(cfg.modalities) <= set(MODALITIES)
+    require(known, "modalities", f"one or more of {', '.join(MODALITIES)}", cfg.modalities)
+    for name in ("substeps", "solver_iterations", "max_episode_steps", "image_size"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
     require(0 <= cfg.difficulty <= 1, "difficulty", "a number from 0 to 1", cfg.difficulty)
     require(0 < cfg.curriculum_step <= 1, "curriculum_step", "a number above 0, at most 1", cfg.curriculum_step)
 
 
+def _where(mask: torch.Tensor, new, old):
+    """torch.where over rows, of two tensors or of two dicts; `old` may be a number."""
+    if isinstance(new, dict):
+        return {k: _where(mask, value, old[k] if isinstance(old, dict) else old) for k, value in new.items()}
+    return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
 class PegInsertEnv(VectorEnv):
     """A vector environment as docs/environments.md says: torch tensors, same-step autoreset, true last observations.
 
-    Action (num_envs, 6), each clipped to -1 to 1: the fingertip's displacement in units of POSITION_STEP m along x, y, z
-    of the robot's base, then rotation in units of YAW_STEP rad, of which the hand, kept upright, obeys the last.
+    Action (num_envs, 6), clipped to -1 to 1: the fingertip's displacement in units of POSITION_STEP along x, y, z of
+    the robot's base, then a rotation in units of YAW_STEP, of which the hand, kept upright, obeys the last.
     Observation: see docs/peginsert.md. Raises ValueError for settings that do not fit.
     """
 
@@ -146,8 +176,26 @@ class PegInsertEnv(VectorEnv):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._lower, self._upper = self._tensor(LOWER), self._tensor(UPPER)
         self._null_pose, self._reset_pose = self._tensor(NULL_POSE), self._tensor(RESET_POSE)
+        self._up, self._keypoints = self._tensor((0.0, 0.0, 1.0)), self._tensor(KEYPOINTS)[:, None]
+        centres = (torch.arange(TAXELS, device=self.device) + 0.5) / TAXELS * GRIP_DEPTH
+        self._taxels = torch.stack((centres - GRIP_DEPTH / 2, centres - GRIP_DEPTH))  # m, along the hand's x and z
 
+        self.renderer = None
+        if _observes(cfg, "rgb"):
+            size, threads = cfg.image_size, cfg.physics_threads
+            model, moving = build_model(cfg, visual=True), ("mocap_pos", "mocap_quat")
+            self.renderer = BatchedRenderer(
+                model, num_envs, cfg.camera, size, size, device, backend, threads, per_world=moving
+            )
+
+        spaces = {
+            "rgb": gym.spaces.Box(0, 255, (cfg.image_size, cfg.image_size, 3), np.uint8),
+            "tactile": gym.spaces.Box(-math.inf, math.inf, (6, TAXELS, TAXELS)),
+            "proprio": gym.spaces.Box(-math.inf, math.inf, (21,)),
+        }
         self.single_observation_space = gym.spaces.Box(-math.inf, math.inf, (19,))
+        if cfg.observation == "multimodal":
+            self.single_observation_space = gym.spaces.Dict({name: spaces[name] for name in cfg.modalities})
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -162,9 +210,11 @@ class PegInsertEnv(VectorEnv):
         self.succeeded = torch.zeros(N, dtype=torch.bool, device=self.device)
         self.totals = zeros(1 + len(TERMS), N)  # sums over the episode: return and its terms
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
+        self.contact_force, self.contact_position = zeros(N, 2, 2, 3), zeros(N, 2, 2, 2)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
 
     BUFFERS = ("action", "hole", "hole_noise", "level", "episode_length", "phase", "succeeded", "totals", "nan_resets")
+    BUFFERS += ("contact_force", "contact_position")
 
     def _tensor(self, values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
@@ -194,6 +244,8 @@ class PegInsertEnv(VectorEnv):
         self.physics.step(DECIMATION * self.cfg.substeps)
         self.episode_length = self.episode_length + 1
         self._read_state()
+        if _observes(self.cfg, "tactile"):
+            self.contact_force, self.contact_position = tactile.read(self.physics.sensordata, len(PADS), len(GRIPS))
 
         reward, terms = self._rewards()
         # A state that diverges is absurd before it is infinite; comparisons with NaN are false.
@@ -207,7 +259,7 @@ class PegInsertEnv(VectorEnv):
         done = terminated | truncated
         self.nan_resets = self.nan_resets + terminated.sum()
 
-        obs = final_obs = torch.where(finite[:, None], self._observe(), 0.0)
+        obs = final_obs = _where(finite, self._observe(), 0)
         length = self.episode_length - self.phase
         success = (self.seated & finite).float()
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
@@ -225,7 +277,7 @@ class PegInsertEnv(VectorEnv):
                 self.level = torch.where(done & (self.phase == 0), level, self.level)
             self._reset(done)
             self._read_state()
-            obs = torch.where(done[:, None], self._observe(), final_obs)
+            obs = _where(done, self._observe(done, final_obs), final_obs)
         return obs, reward, terminated, truncated, info
 
     @property
@@ -260,8 +312,8 @@ class PegInsertEnv(VectorEnv):
         w, x, y, z = qpos[:, 12:16].unbind(1)
         self.peg_axis = torch.stack((2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)), 1)
         offset = self.peg - self.hole
-        tilt = self.peg_axis - self._tensor((0.0, 0.0, 1.0))
-        keypoints = offset[:, None] + self._tensor(KEYPOINTS)[:, None] * tilt[:, None]
+        tilt = self.peg_axis - self._up
+        keypoints = offset[:, None] + self._keypoints * tilt[:, None]
         self.keypoint_distance = keypoints.norm(dim=2).mean(1)
         centred = offset[:, :2].norm(dim=1) < CENTRED
         self.engaged = centred & (offset[:, 2] < ENGAGED)
@@ -270,16 +322,43 @@ class PegInsertEnv(VectorEnv):
     @property
     def observed_rim(self) -> torch.Tensor:
         """(num_envs, 3) m: the middle of the hole's rim as the robot believes it to be."""
-        return self.hole + self._tensor((0.0, 0.0, HOLE_DEPTH)) + self.hole_noise
+        return self.hole + HOLE_DEPTH * self._up + self.hole_noise
 
     def proprioception(self) -> torch.Tensor:
         """(num_envs, 21): joint angles 7 and velocities 7 (rad/s), fingertip's position 3 (m) and quaternion 4."""
         q = 2 * (self.q - self._lower) / (self._upper - self._lower) - 1 if self.cfg.normalize_joint_angles else self.q
         return torch.cat((q, self.qd, self.fingertip, quaternion_down(self.frames.rotation)), 1)
 
-    def _observe(self) -> torch.Tensor:
-        quaternion = quaternion_down(self.frames.rotation)
-        return torch.cat((self.fingertip - self.observed_rim, quaternion, self.velocity, self.action), 1)
+    def _observe(self, mask: torch.Tensor | None = None, old: dict | None = None):
+        """(num_envs, 19), or a dict, whose pictures are drawn where `mask`; elsewhere they are those of `old`."""
+        if self.cfg.observation == "state":
+            quaternion = quaternion_down(self.frames.rotation)
+            return torch.cat((self.fingertip - self.observed_rim, quaternion, self.velocity, self.action), 1)
+        obs = {}
+        for name in self.cfg.modalities:
+            if name == "rgb":
+                obs[name] = self._pictures(mask, old and old[name])
+            elif name == "tactile":
+                obs[name] = tactile.image(self.contact_force, self.contact_position, self._taxels, TACTILE_SPREAD)
+            else:
+                obs[name] = self.proprioception()
+        return obs
+
+    def _pictures(self, mask: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor:
+        """uint8 (num_envs, image_size, image_size, 3)."""
+        for name, field in self.renderer.fields.items():
+            field.copy_(getattr(self.physics, name))
+        qpos = self.physics.qpos.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_POSITION, MAX_POSITION)
+        if mask is None or self.device.type == "cuda":
+            return self.renderer.render(qpos)
+        pictures = old.clone()
+        pictures[mask] = self.renderer.render(qpos, mask)
+        return pictures
+
+    def close_extras(self, **kwargs):
+        """Frees the cameras."""
+        if self.renderer is not None:
+            self.renderer.close()
 
     # --- control
 
@@ -332,19 +411,18 @@ class PegInsertEnv(VectorEnv):
 
         # Inverse kinematics for those who need it; which they are, a GPU cannot say without stalling the queue.
         rows = slice(None) if self.device.type == "cuda" else mask.nonzero()[:, 0]
-        fingertip = hole + hand + self._tensor((0.0, 0.0, HOLE_DEPTH + HAND_HEIGHT))
+        fingertip = hole + hand + (HOLE_DEPTH + HAND_HEIGHT) * self._up
         cos, sin, zero = torch.cos(yaw), torch.sin(yaw), torch.zeros_like(yaw)
         x_axis = torch.stack((cos, sin, zero), 1)
         y_axis = torch.stack((sin, -cos, zero), 1)
-        down = self._tensor((0.0, 0.0, -1.0)).expand(N, 3)
-        rotation = torch.stack((x_axis, y_axis, down), 2)
+        rotation = torch.stack((x_axis, y_axis, -self._up.expand(N, 3)), 2)
         start = self._reset_pose.repeat(N, 1)
         start[:, 6] -= yaw
         q = start.clone()
         q[rows] = inverse_kinematics(start[rows], fingertip[rows], rotation[rows], FINGERTIP, iterations=4)
 
         # Factory's frame of the grasp is the hand's turned about its y axis: z up.
-        peg = fingertip - grasp[:, :1] * x_axis + (grasp[:, 2:] - (PEG_LENGTH - GRIP_DEPTH)) * -down
+        peg = fingertip - grasp[:, :1] * x_axis + (grasp[:, 2:] - (PEG_LENGTH - GRIP_DEPTH)) * self._up
         # The peg's x axis is the hand's, negated.
         peg_quat = torch.stack((-torch.sin(yaw / 2), zero, zero, torch.cos(yaw / 2)), 1)
         fingers = torch.full((N, 2), GRASPED, device=self.device)
@@ -364,6 +442,20 @@ class PegInsertEnv(VectorEnv):
             old = getattr(self, name)
             setattr(self, name, old.masked_fill(mask.view(-1, *[1] * (old.dim() - 1)), 0))
         self.totals = self.totals.masked_fill(mask, 0.0)
+        if _observes(self.cfg, "tactile"):
+            self._rest(mask, grasp)
+
+    def _rest(self, mask: torch.Tensor, grasp: torch.Tensor):
+        """Touch where an episode begins: the grasp's normal forces at its points, as no step has measured them yet."""
+        force = torch.zeros_like(self.contact_force)
+        force[..., 0] = GRIP_FORCE / len(GRIPS)
+        position = torch.zeros_like(self.contact_position)
+        position[..., 0] = -grasp[:, None, :1]
+        height = self._tensor(GRIP_HEIGHTS) - (PEG_LENGTH - GRIP_DEPTH)
+        position[..., 1] = -(height + grasp[:, 2:])[:, None]
+        mask = mask[:, None, None, None]
+        self.contact_force = torch.where(mask, force, self.contact_force)
+        self.contact_position = torch.where(mask, position, self.contact_position)
 
 
 gym.register("PegInsert-v0", vector_entry_point="common.envs.peg_insert:PegInsertEnv")
