@@ -72,7 +72,7 @@ def test_figures(panda):
         joint = panda.joint(name)
         np.testing.assert_allclose(joint.range, limits)
         np.testing.assert_allclose(panda.jnt_actfrcrange[joint.id], (-torque, torque))
-    assert (LOWER, UPPER) == tuple(zip(*LIMITS, strict=True))
+    assert tuple(zip(*LIMITS, strict=True)) == (LOWER, UPPER)
     for link, mass in enumerate(MASSES, start=1):
         assert panda.body(f"link{link}").mass[0] == pytest.approx(mass)
     assert panda.body("hand").mass[0] == pytest.approx(0.73)
