@@ -28,6 +28,16 @@ def take(tree, index):
     return tree_map(lambda x: x[index], tree)
 
 
+def flatten(tree):
+    """The first two dimensions of every tensor as one."""
+    return tree_map(lambda x: x.flatten(0, 1), tree)
+
+
+def to(tree, device):
+    """Every tensor on `device`."""
+    return tree_map(lambda x: x.to(device), tree)
+
+
 def in_chunks(function, size: int, *trees):
     """`function(*trees)` for at most `size` rows at a time; its results (tensors, tuples, dicts) are concatenated."""
     rows = len(tree_leaves(trees)[0])

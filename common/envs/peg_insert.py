@@ -5,7 +5,7 @@ isaaclab_tasks/direct/factory (Narang et al. 2022, arXiv 2205.03532; Tang et al.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -64,8 +64,6 @@ class PegInsertConfig:
 
     backend: Literal["auto", "mujoco", "warp"] = "auto"
     """physics engine: C thread pool (mujoco), MuJoCo Warp, or auto: warp on CUDA, mujoco on a CPU"""
-    physics_threads: int = 0
-    """threads of the mujoco backend (0: all cores)"""
     substeps: int = 2
     """physics steps per 1/120 s"""
     solver_iterations: int = 20
@@ -88,6 +86,9 @@ class PegInsertConfig:
     """change of an environment's difficulty after an episode"""
     max_episode_steps: int = 150
     """time limit of an episode (control steps of 1/15 s)"""
+
+
+ENV_SETTINGS = tuple(field.name for field in fields(PegInsertConfig))
 
 
 def build_model(cfg: PegInsertConfig, visual: bool = False) -> mujoco.MjModel:
@@ -155,18 +156,28 @@ class PegInsertEnv(VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": round(1 / (PHYSICS_DT * DECIMATION))}
+    exact_resume = True  # `load_state_dict` restores all there is
 
-    def __init__(self, num_envs: int = 1, device: str | torch.device = "cpu", seed: int = 1, **config):
-        unknown = config.keys() - {f.name for f in fields(PegInsertConfig)}
+    def __init__(
+        self,
+        num_envs: int = 1,
+        device: str | torch.device = "cpu",
+        seed: int = 1,
+        cfg: PegInsertConfig | None = None,
+        physics_threads: int = 0,
+        **config,
+    ):
+        unknown = config.keys() - set(ENV_SETTINGS)
         if unknown:
             raise ValueError(f"PegInsertEnv has no setting {', '.join(sorted(unknown))}")
-        self.cfg = cfg = PegInsertConfig(**config)
+        cfg = cfg or PegInsertConfig()
+        self.cfg = cfg = replace(PegInsertConfig(**{name: getattr(cfg, name) for name in ENV_SETTINGS}), **config)
         _check(cfg, num_envs)
         self.device, backend = resolve_backend(cfg.backend, device)
         self.num_envs = num_envs
         self.model = build_model(cfg)
         self.physics = BatchedMujoco(
-            self.model, num_envs, device, backend, cfg.physics_threads, ("geom_size",), nconmax=24, njmax=96
+            self.model, num_envs, device, backend, physics_threads, ("geom_size",), nconmax=24, njmax=96
         )
         self._target = int(self.model.body("target").mocapid[0])
         self._hole = int(self.model.body("hole").mocapid[0])
@@ -182,10 +193,10 @@ class PegInsertEnv(VectorEnv):
 
         self.renderer = None
         if _observes(cfg, "rgb"):
-            size, threads = cfg.image_size, cfg.physics_threads
+            size = cfg.image_size
             model, moving = build_model(cfg, visual=True), ("mocap_pos", "mocap_quat")
             self.renderer = BatchedRenderer(
-                model, num_envs, cfg.camera, size, size, device, backend, threads, per_world=moving
+                model, num_envs, cfg.camera, size, size, device, backend, physics_threads, per_world=moving
             )
 
         spaces = {

@@ -1,0 +1,128 @@
+"""Evaluation and film of a policy for peg insertion."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.envs.peg_insert import PegInsertConfig, PegInsertEnv
+from common.files import tolerant, write_json
+from common.stats import mean_ci95, wilson_ci95
+
+Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions
+SEED = 10_000  # of evaluations, far from those of training
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # difficulties that `evaluate_levels` tries
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, cfg: PegInsertConfig, device, episodes: int, seed: int = SEED) -> dict:
+    """Success and return of `policy` in at least `episodes` fresh episodes at `cfg.difficulty`.
+
+    `success_rate`: the peg is seated when the episode ends; `success_once_rate`: it was at some moment. Rates have
+    Wilson's 95% interval beside them.
+    """
+    num_envs = min(episodes, 128)
+    envs = PegInsertEnv(num_envs, device, seed, replace(plain(cfg), curriculum=False))
+    found = []
+    obs, _ = envs.reset(seed=seed)
+    while len(found) * num_envs < episodes:
+        obs, _, terminated, truncated, info = envs.step(policy(obs))
+        if (terminated | truncated).all():  # time limits, all at the same step
+            found.append({name: value.float().cpu() for name, value in info["episode"].items()})
+    envs.close()
+    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
+    count = len(columns["r"])
+    mean_return, half_width = mean_ci95(columns["r"])
+    result = {"episodes": count, "seed": seed, "difficulty": cfg.difficulty, "mean_return": mean_return}
+    result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
+    for name in ("success", "success_once", "engaged"):
+        hits = int(columns[name].sum())
+        result |= {f"{name}_rate": hits / count, f"{name}_ci95": list(wilson_ci95(hits, count))}
+    result["keypoint_distance"] = columns["keypoint_distance"].mean().item()
+    return result
+
+
+def evaluate_levels(policy: Policy, cfg: PegInsertConfig, device, episodes: int) -> dict:
+    """{difficulty: `evaluate`'s success rate and interval}, over LEVELS up to `cfg.difficulty`."""
+    found = {}
+    for level in LEVELS:
+        if level <= cfg.difficulty:
+            result = evaluate(policy, replace(plain(cfg), difficulty=level), device, episodes)
+            found[str(level)] = {name: result[name] for name in ("episodes", "success_rate", "success_ci95")}
+    return found
+
+
+def plain(cfg: PegInsertConfig) -> PegInsertConfig:
+    """The environment's settings alone, of a script's Args that inherits them."""
+    return PegInsertConfig(**{name: getattr(cfg, name) for name in PegInsertConfig.__dataclass_fields__})
+
+
+def report(policy: Policy, cfg: PegInsertConfig, result: dict, run_dir: Path, name: str, save_video: bool = True):
+    """Writes eval/{name}.json and videos/{name}.mp4 into `run_dir`, and prints the main numbers."""
+    with tolerant(f"{name}.json", run_dir / "eval"):
+        write_json(run_dir / "eval" / f"{name}.json", result)
+    low, high = result["success_ci95"]
+    print(
+        f"{name}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%}) of {result['episodes']} episodes at "
+        f"difficulty {cfg.difficulty:g}, mean return {result['mean_return']:.1f}",
+        flush=True,
+    )
+    if save_video:
+        record_video(policy, cfg, run_dir / "videos" / f"{name}.mp4")
+
+
+@torch.no_grad()
+def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episodes: int = 2, seed: int = SEED):
+    """Whole episodes of one robot on the CPU from its side camera, in real time, with what it sees and feels beside
+    it. Returns the path of the mp4; where nothing can render, says so in one sentence and returns None.
+    """
+    from common.render import BatchedRenderer
+    from common.video import find_gl, missing_gl_message, write_mp4
+
+    if find_gl() is None:
+        print(missing_gl_message(), flush=True)
+        return None
+    device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
+    settings = replace(plain(cfg), backend="mujoco", curriculum=False)
+    envs = PegInsertEnv(1, "cpu", seed, settings, physics_threads=1)
+    from common.envs.peg_insert import build_model
+
+    model = build_model(replace(settings, observation="state"), visual=True)
+    camera = BatchedRenderer(model, 1, "side", 384, 384, per_world=("mocap_pos", "mocap_quat"))
+
+    def frames() -> Iterable[np.ndarray]:
+        obs, _ = envs.reset(seed=seed)
+        for _ in range(episodes * settings.max_episode_steps):
+            for name, field in camera.fields.items():
+                field.copy_(getattr(envs.physics, name))
+            picture = camera.render(envs.physics.qpos)[0].numpy()
+            yield np.concatenate((picture, senses(obs, picture.shape[0])), 1)
+            inputs = {k: v.to(device) for k, v in obs.items()} if isinstance(obs, dict) else obs.to(device)
+            obs, *_ = envs.step(policy(inputs).cpu())
+
+    try:
+        return write_mp4(path, frames(), envs.metadata["render_fps"])
+    finally:
+        camera.close()
+        envs.close()
+
+
+def senses(obs, size: int) -> np.ndarray:
+    """uint8 (size, size / 2, 3): the robot's own picture, and below it both pads (red normal, green and blue shear)."""
+    half = size // 2
+    canvas = np.zeros((size, half, 3), np.uint8)
+    if isinstance(obs, dict) and "rgb" in obs:
+        canvas[:half] = np.asarray(Image.fromarray(obs["rgb"][0].numpy()).resize((half, half), Image.NEAREST))
+    if isinstance(obs, dict) and "tactile" in obs:
+        pads = obs["tactile"][0].view(2, 3, *obs["tactile"].shape[-2:]).permute(0, 2, 3, 1)
+        scale = torch.tensor((0.4, 0.1, 0.1))  # N per taxel at full brightness
+        pads = (255 * (pads / scale).abs().clamp(0, 1)).byte().numpy()
+        width = half // 2
+        for i, pad in enumerate(pads):
+            canvas[half : half + width, i * width : (i + 1) * width] = np.asarray(
+                Image.fromarray(pad).resize((width, width), Image.NEAREST)
+            )
+    return canvas
