@@ -5,8 +5,9 @@
     python ppo_go2_mujoco.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 
 Measured on 2 CPU cores without a GPU, seeds 1 to 3 (benchmark/results/go2_time_to_walk.json): the deterministic policy
-walks after 29 to 52 s; the whole laptop preset takes 4 to 5 minutes and ends at returns of 57 to 58, with a velocity
-error of 0.06 to 0.07 m/s over all commands and no fall in 189 episodes. Nothing has been measured on a GPU yet.
+walks after 0.74 to 1.35 million steps, 29 to 52 s at 27,000 steps/s; the whole laptop preset (7.4 million steps, under
+5 minutes) ends at returns of 57 to 58, with a velocity error of 0.06 to 0.07 m/s over all commands and no fall in 189
+episodes. Nothing has been measured on a GPU yet.
 
 Of the 37 details, those of Atari (14-22), of reward scaling (30, 31), LSTMs (32-36) and MultiDiscrete actions (37) have
 no place here; docs/details.md gives the reason for each.

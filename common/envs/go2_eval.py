@@ -45,7 +45,7 @@ def command_grid(cfg: Go2Config, num_commands: int, episodes: int, counts=(7, 3,
 def evaluate(policy: Policy, cfg: Go2Config, device, episodes: int = 128, seed: int = 10_000, counts=(7, 3, 3)) -> dict:
     """Runs one episode per command of the grid to its end. Velocities are compared step by step, after one second.
 
-    Returns the metrics of docs/go2.md (m/s, rad/s, W, m) and, under `grid`, the same per episode.
+    Returns the metrics of docs/go2_data.md (m/s, rad/s, W, m) and, under `grid`, the same per episode.
     """
     num_commands = 5 if cfg.commands == "full" else 3
     commands = command_grid(cfg, num_commands, episodes, counts).to(device)
@@ -273,7 +273,7 @@ def observation_layout(cfg: Go2Config) -> list[tuple[str, int, float]]:
 def save_trajectories(
     policy: Policy, cfg: Go2Config, device, path: str | Path, num_trajectories: int, seed: int = 20_000
 ) -> Path:
-    """Whole episodes with the commands of training, as HDF5 in robomimic's layout; docs/go2.md describes the file.
+    """Whole episodes with the commands of training, as HDF5 in robomimic's layout; docs/go2_data.md describes the file.
 
     Every robot of a batch gives its first episode, so that short ones are not over-represented. Row t holds the state,
     command and observation before action t. The file appears whole, when the last batch is in it.
