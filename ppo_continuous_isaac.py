@@ -159,8 +159,9 @@ def mlp(in_dim, hidden, out_dim, out_std, hidden_std=2**0.5, activation=nn.Tanh)
 class RunningMeanStd(nn.Module):
     """Mean and variance of all vectors seen, merged batch by batch (Chan et al. 1979), over all ranks."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, epsilon: float = 1e-8):
         super().__init__()
+        self.epsilon = epsilon  # added to the variance: what hardly moves is not blown up
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -178,7 +179,7 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + 1e-8)
+        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + self.epsilon)
         return normalised.clamp(-10, 10)  # detail 29: observation clipping
 
 

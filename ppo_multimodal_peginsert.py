@@ -103,8 +103,9 @@ def mlp(in_dim, hidden, out_dim, out_std, hidden_std=2**0.5, activation=nn.Tanh)
 class RunningMeanStd(nn.Module):
     """Mean and variance of all vectors seen, merged batch by batch (Chan et al. 1979), over all ranks."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, epsilon: float = 1e-8):
         super().__init__()
+        self.epsilon = epsilon  # added to the variance: what hardly moves is not blown up
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -122,7 +123,7 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + 1e-8)
+        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + self.epsilon)
         return normalised.clamp(-10, 10)  # detail 29: observation clipping
 
 
@@ -146,7 +147,7 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
-def cnn(channels, size, widths, kernels, strides, out_dim):
+def cnn(channels, size, widths, kernels, strides, out_dim):  # detail 21: a CNN that actor and critic share
     """(batch, channels, size, size) to (batch, out_dim): convolutions with GroupNorm, then one layer with LayerNorm."""
     layers = []
     for width, kernel, stride in zip(widths, kernels, strides, strict=True):
@@ -195,7 +196,7 @@ class Agent(nn.Module):
         if args.observation == "multimodal":  # detail 13: a shared encoder
             self.encoder, width = Encoder(space, args.embedding), args.embedding
             vector = space.spaces.get("proprio")
-        self.stats = RunningMeanStd(vector.shape[0]) if args.norm_obs and vector else None  # detail 28
+        self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
         self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs

@@ -113,6 +113,17 @@ REASONS = {
         **dict.fromkeys(range(32, 37), _NO_LSTM),
         37: "Actions are continuous.",
     },
+    "ppo_multimodal_peginsert.py": {
+        14: "The environment's part: episodes of random ages ({common/envs/peg_insert.py|detail 14}).",
+        15: "The environment's part: eight control periods per action ({common/envs/peg_insert.py|DECIMATION = 8}).",
+        16: "An arm has no lives: only the time limit ends an episode.",
+        17: _NO_BUTTON,
+        18: "The cameras draw in the size that is observed ({common/envs/peg_insert.py|image_size: int}), in colour.",
+        19: "Rewards are scaled by a running statistic (detail 30), which keeps their sizes apart.",
+        20: "No stack: velocities are observed, and actions are smoothed.",
+        **dict.fromkeys(range(32, 37), "No recurrent network yet."),
+        37: "Actions are continuous.",
+    },
     "ppo_continuous_isaac.py": {
         14: "The adapter's part: first episodes of random ages ({common/envs/isaac.py|random_phase}).",
         15: "The task's part: its decimation or frame skip; no pixels.",
@@ -144,6 +155,23 @@ NOTES = {
         26: "ELU, and the widths of `--hidden`; the original has tanh and 64, 64.",
         27: "The Go2's actions have no bounds to be clipped at; its torques have.",
         28: _OBSERVATIONS,
+    },
+    "ppo_multimodal_peginsert.py": {
+        1: _RANKS,
+        4: _LEARNING_RATE,
+        5: _TIME_LIMIT,
+        7: _ADVANTAGES,
+        10: _VALUE_LOSS,
+        11: _GRADIENTS,
+        12: _STATISTICS,
+        21: "Three convolutions of Nature's sizes, with GroupNorm, and a LayerNorm after the linear layer.",
+        24: "A parameter held between `--min-std` and 10, which starts at `--init-std`; the original starts at a "
+        "standard deviation of 1 and has no limits.",
+        26: "Of what the encoder gives, or of the state itself; ELU, and the widths of `--hidden`.",
+        27: "The environment clips a copy at the bounds of its space.",
+        28: _OBSERVATIONS,
+        30: "The statistic takes in the whole rollout, of all ranks, before its rewards are scaled; the original's "
+        "moves with every step.",
     },
     "ppo_continuous_isaac.py": {
         1: _RANKS,

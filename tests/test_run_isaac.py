@@ -115,7 +115,13 @@ def test_a_run_leaves_metrics(finished):
 def test_a_run_leaves_checkpoints_evaluations_and_a_summary(finished):
     run_dir, *_ = finished
     folder = run_dir / "checkpoints"
-    assert {f.name for f in folder.iterdir()} == {"model_3.pt", "model_4.pt", "model_6.pt", "final_model.pt", "best_model.pt"}
+    assert {f.name for f in folder.iterdir()} == {
+        "model_3.pt",
+        "model_4.pt",
+        "model_6.pt",
+        "final_model.pt",
+        "best_model.pt",
+    }
     states = {f.name: checkpoint.load(f, ppo.SCRIPT) for f in folder.iterdir()}
     assert states["model_3.pt"]["iteration"] == 3 and states["final_model.pt"]["iteration"] == 6
     assert states["best_model.pt"]["iteration"] in (4, 6)
