@@ -31,7 +31,7 @@ from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs import isaac_eval
 from common.envs.isaac import check_task, make_env
-from common.files import write_json
+from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
@@ -643,15 +643,16 @@ def main(args: Args):
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
         if evaluate_now and rank == 0:
             result = run_evaluation(agent, args, envs)
-            write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
+            with tolerant("the evaluation", run.dir):
+                write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
             logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
             run.keep_best(result["score"], name)
             if not is_gymnasium(args):  # a simulator runs once per process, so it was evaluated in
                 next_obs, _ = envs.reset(options={"random_phase": True})
                 next_start = torch.ones_like(next_start)
         if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
-            path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
-            if path:
+            with tolerant("the video", run.dir):
+                path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
                 logger.video("videos/policy", path, run.global_step)
 
     # --- what the run leaves
@@ -661,11 +662,14 @@ def main(args: Args):
     if rank == 0 and stopped:
         print(f"stopped after iteration {run.iteration}; continue with --resume {run.dir}")
     elif rank == 0:
-        export(agent, run.dir / "policy.onnx")
+        saved = "the final model is saved"
+        with tolerant("policy.onnx", run.dir, saved):
+            export(agent, run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
-        report(agent, args, result, run.dir, "final_model", args.save_video)
-        write_json(run.dir / "summary.json", summary | result | run_info())
+        with tolerant("the final evaluation", run.dir, saved):
+            report(agent, args, result, run.dir, "final_model", args.save_video)
+            write_json(run.dir / "summary.json", summary | result | run_info())
         print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     logger.close()
     envs.close()

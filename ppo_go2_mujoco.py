@@ -29,7 +29,7 @@ from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs.go2 import ENV_SETTINGS, Go2Config, Go2Env
 from common.envs.go2_eval import evaluate, evaluate_jumps, record_video, report, save_trajectories
-from common.files import write_json
+from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
@@ -501,12 +501,13 @@ def main(args: Args):
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
         if evaluate_now and rank == 0:
             result = run_evaluation(agent, args, envs)
-            write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
+            with tolerant("the evaluation", run.dir):
+                write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
             logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
             run.keep_best(result["score"], name)
         if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
-            path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
-            if path:
+            with tolerant("the video", run.dir):
+                path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
                 logger.video("videos/policy", path, run.global_step)
 
     # --- what the run leaves
@@ -516,12 +517,15 @@ def main(args: Args):
     if rank == 0 and stopped:
         print(f"stopped after iteration {run.iteration}; continue with --resume {run.dir}")
     elif rank == 0:
-        checkpoint.export_onnx(agent, torch.zeros(1, agent.obs_dim), run.dir / "policy.onnx")
+        saved = "the final model is saved"
+        with tolerant("policy.onnx", run.dir, saved):
+            checkpoint.export_onnx(agent, torch.zeros(1, agent.obs_dim), run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
-        report(agent, args, result, run.dir, "final_model", args.save_video)
-        summary |= {name: value for name, value in result.items() if name != "grid"}
-        write_json(run.dir / "summary.json", summary | run_info())
+        with tolerant("the final evaluation", run.dir, saved):
+            report(agent, args, result, run.dir, "final_model", args.save_video)
+            summary |= {name: value for name, value in result.items() if name != "grid"}
+            write_json(run.dir / "summary.json", summary | run_info())
         print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     logger.close()
     envs.close()

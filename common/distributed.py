@@ -1,5 +1,6 @@
 """Ranks: one process per GPU under torchrun, or several forked processes that share a CPU's cores."""
 
+import contextlib
 import ctypes
 import io
 import os
@@ -68,8 +69,11 @@ def launch(main, args, ranks: int):
     try:
         _run(main, args)
     except BaseException:
-        for pid in list(children):  # else they would wait for this rank for ever
-            os.kill(pid, signal.SIGKILL)
+        waiting = list(children)  # for this rank, for ever
+        children.clear()  # so that their end is no news to `_watch`, which would end this process first
+        for pid in waiting:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         raise
     finally:
         leave()
@@ -94,7 +98,8 @@ def _watch(children: dict[int, int]):
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 continue
-            rank, code = children.pop(pid), os.waitstatus_to_exitcode(status)
+            rank = children.pop(pid, None)
+            code = 0 if rank is None else os.waitstatus_to_exitcode(status)
             if code == 2:  # a user's mistake, of which rank 0 is about to say the same
                 time.sleep(5)
             if code:

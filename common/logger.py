@@ -64,9 +64,9 @@ class Logger:
             tqdm.write(format_table(metrics, step, shutil.get_terminal_size().columns), file=sys.stdout)
             sys.stdout.flush()
 
-    def video(self, name: str, path: Path, step: int) -> None:
-        """Send an mp4 to Weights & Biases, if it is on; the file itself stays in the run's folder."""
-        if self.wandb is not None:
+    def video(self, name: str, path: Path | None, step: int) -> None:
+        """Send an mp4 (None: there is none) to Weights & Biases, if it is on; the file stays in the run's folder."""
+        if self.wandb is not None and path is not None:
             import wandb
 
             with tolerant("a video for Weights & Biases", self.run_dir):

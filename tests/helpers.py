@@ -2,12 +2,63 @@
 
 import ast
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
+from harness import ROOT, Script, process_restored
+
+from common import checkpoint, distributed
+
+ALWAYS = ("--no-save-video", "--device", "cpu")
+
+
+def run(script: Script, *argv) -> int:
+    """The script's exit code, run in this process on one thread, on one rank unless it is told otherwise."""
+    words = [str(script.path), *map(str, argv), *([] if "--ranks" in argv else ["--ranks", "1"])]
+    try:
+        with pytest.MonkeyPatch.context() as patch, process_restored():
+            patch.setattr(sys, "argv", words)
+            patch.setattr(distributed, "num_cores", lambda: 1)
+            runpy.run_path(str(script.path), run_name="__main__")
+        return 0
+    except SystemExit as stop:
+        return stop.code
+
+
+def start(script: Script, *argv, program=(), cwd=ROOT, environment=None) -> subprocess.Popen:
+    """A run in a process group of its own."""
+    return subprocess.Popen(
+        [str(word) for word in (sys.executable, *program, script.path, *argv)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def tiny(script: Script, iterations: int) -> list:
+    """Flags of a run of that length, with checkpoints and log lines at every third iteration."""
+    every = ["--checkpoint-interval", 3, "--log-interval", 3]
+    return [*script.flags, *script.size, *script.length(iterations), *ALWAYS, *every]
+
+
+def learned(script: Script, path: Path) -> dict:
+    """All of a checkpoint that a resumed run must reach again."""
+    state = checkpoint.load(path, script.name)
+    found = {key: state[key] for key in ("agent", "optimizer", "global_step", "iteration")}
+    for rank in state["ranks"]:
+        rank["rng"] = rank["rng"]["torch"]
+        for env in rank["envs"].get("envs", ()):
+            del env["attributes"]["_np_random_seed"]  # Gymnasium's note of the first seed, which nothing reads
+    return found | {"ranks": state["ranks"]}
 
 
 def finish(process, code=0, timeout=300):
@@ -51,6 +102,13 @@ def differences(a, b, path=""):
         return [name for i, (x, y) in enumerate(zip(a, b, strict=True)) for name in differences(x, y, f"{path}.{i}")]
     equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if equal else [path]
+
+
+def check_sentence(code, err, words):
+    """A user's mistake: exit code 2 and one line, with these words. A traceback has many."""
+    lines = [line for line in err.splitlines() if not line.startswith("Warp CUDA warning")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
+    assert all(word in lines[0] for word in words), err
 
 
 def undocumented(path: Path, cls: str) -> list[str]:
