@@ -116,6 +116,14 @@ class BatchedMujoco:
                     self._substeps(nsubsteps)
                 self._graphs[nsubsteps] = capture.graph
 
+    def forward(self):
+        """Brings the outputs up to the present state, as `mj_forward` does; the state is left as it is."""
+        if self.backend == "mujoco":
+            self._batch.forward()
+        else:
+            with self._wp.ScopedDevice(str(self.device)):
+                self._mjw.forward(self._m, self._d)
+
     def _substeps(self, n: int):
         for _ in range(n):
             self._mjw.step(self._m, self._d)

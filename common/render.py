@@ -4,6 +4,7 @@
 so threads do for it what processes would. `warp` is MuJoCo Warp's ray tracer: all worlds in one launch, on any device.
 """
 
+import contextlib
 import copy
 import importlib
 import os
@@ -76,6 +77,7 @@ class BatchedRenderer:
         Raises ValueError, in one sentence, for an unknown camera or field, where no OpenGL loads, and for a backend
         that does not fit the device.
         """
+        self._painters = []
         self.model, self.num_envs, self.height, self.width = copy.copy(model), num_envs, height, width
         self.device, self.backend = resolve_backend(backend, device)
         self.squeeze = isinstance(cameras, str)
@@ -117,6 +119,10 @@ class BatchedRenderer:
             painter.close()
         self._painters = []
 
+    def __del__(self):
+        with contextlib.suppress(RuntimeError):  # at the end of the process the threads are gone before this
+            self.close()
+
     # --- OpenGL
 
     def _init_mujoco(self, num_threads: int, per_world: tuple[str, ...], shadows: bool, samples: int):
@@ -133,7 +139,6 @@ class BatchedRenderer:
         for name in per_world:
             value = getattr(example if name in DATA_FIELDS else self.model, name)
             self.fields[name] = torch.from_numpy(np.repeat(value[None], self.num_envs, axis=0))
-        self._painters = []
         for _ in range(min(count, self.num_envs)):
             self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows))
 
@@ -161,7 +166,7 @@ class BatchedRenderer:
         import warp as wp
 
         wp.config.log_level = wp.LOG_WARNING
-        self._wp, self._mjw, self._painters = wp, mjw, []
+        self._wp, self._mjw = wp, mjw
         self.model.opt.disableflags &= ~(mujoco.mjtDisableBit.mjDSBL_MIDPHASE | mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         batched = {name: self.num_envs for name in per_world if name not in DATA_FIELDS}
         with wp.ScopedDevice(str(self.device)):
@@ -178,6 +183,7 @@ class BatchedRenderer:
                 cam_res=(self.width, self.height),
                 render_rgb=True,
                 use_precomputed_rays=shared_rays,
+                enable_specular=False,  # OpenGL computes it at the corners of a plane only, where it is seldom seen
                 cam_active=list(self.cameras),
             )
             self._rgb = wp.zeros((self.num_envs, self.height, self.width), dtype=wp.vec3)
@@ -218,8 +224,9 @@ class _Painter:
         self.thread.submit(self._open).result()
 
     def _open(self):
-        gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
-        self.gl = gl.GLContext(self.window.width, self.window.height)
+        gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
+        # MuJoCo's own frees the context from whatever thread and at whatever time; see `close`.
+        self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
         self.gl.make_current()
         self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
