@@ -21,6 +21,9 @@ UPPER_LENGTH, UPPER_ANGLE = math.hypot(UPPER_ARM[0], UPPER_ARM[2]), math.atan2(U
 BASES = ((-0.469, 0.5, 0.0), (0.469, 0.5, 0.0))  # m, left and right; the right one faces the left one
 PITCH = math.radians(60)  # of the grippers, downwards
 GAIN = 0.35  # share of a joint's error by which its target moves in a step; friction leaves a steady error at any target
+FORESIGHT = 0.6
+LOOSE = 0.004  # m, how far off the socket's axis the peg may enter; the clearance is .008
+STILL = 0.03  # m/s, a finger that has stopped
 
 
 def rotation(axis: int, angle: torch.Tensor) -> torch.Tensor:
@@ -99,21 +102,23 @@ class Expert:
         self.turned = rotation(2, tensor((0.0, math.pi)))  # (2, 3, 3), the bases' axes
 
     def __call__(self, env: AlohaEnv) -> torch.Tensor:
-        return self.action(env.physics.qpos, env.target)
+        return self.action(env.physics.qpos, env.physics.qvel, env.target)
 
-    def action(self, qpos: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Of states (k, nq) and the joints' targets in them (k, 14)."""
+    def action(self, qpos: torch.Tensor, qvel: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Of states (k, nq) and (k, nv), and the joints' targets in them (k, 14)."""
         qpos = qpos.double()
-        arms = qpos[:, :16].view(-1, 2, 8)
-        joints, fingers = arms[..., :6], arms[..., 6]
+        arms, speeds = qpos[:, :16].view(-1, 2, 8), qvel[:, :16].double().view(-1, 2, 8)
+        joints = arms[..., :6]
+        grip = target.view(-1, 2, 7)[..., 6]
+        still = (grip < 0.3) & (speeds[..., 6].abs() < STILL)  # closed on something, or on nothing
         place, hand = forward_kinematics(joints)
         place = self.bases + (self.turned @ place[..., None])[..., 0]
         hand = self.turned @ hand
         plan = self._insertion if self.cfg.task == "insertion" else self._transfer
-        new_place, new_hand, closed = plan(qpos, target.view(-1, 2, 7)[..., 6], fingers, place, hand)
+        new_place, new_hand, closed = plan(qpos, arms[..., 6], grip, still, place, hand)
         local = (self.turned.mT @ (new_place - self.bases)[..., None])[..., 0]
         wanted = inverse_kinematics(local, self.turned.mT @ new_hand)
-        step = GAIN * (wanted - joints)
+        step = FORESIGHT * (wanted - target.view(-1, 2, 7)[..., :6]) + GAIN * (wanted - joints)
         # The joints of an arm arrive together, so that the gripper moves in a line.
         step = step / (step.abs().amax(-1, keepdim=True) / self.cfg.joint_step).clamp(min=1)
         grip = torch.where(closed, -self.cfg.gripper_step, self.cfg.gripper_step)
@@ -125,7 +130,7 @@ class Expert:
         sizes = torch.tensor(((self.cfg.joint_step,) * 6 + (self.cfg.gripper_step,)) * 2).to(change)
         return (change / sizes).float()
 
-    def _grasp(self, thing, along, grip, fingers, place, hand, width):
+    def _grasp(self, thing, along, fingers, grip, still, place, hand):
         """Where the tools go to take hold of objects at `thing` (k, 2, 3) with long axes `along`, how they are turned,
         which close (k, 2), and which hold."""
         heading = torch.atan2(along[..., 1], along[..., 0])
@@ -138,17 +143,16 @@ class Expert:
         there = (beside < 0.015) & (above.abs() < 0.015)
         inside = (hand.mT @ (thing - place)[..., None])[..., 0].abs()
         around = (inside < torch.tensor((0.03, 0.015, 0.03)).to(inside)).all(-1)
-        holds = around & (grip < 0.3) & (fingers < width)
+        holds = around & still
         opening = (fingers < 0.05) & (above > 0.03) & ~holds
         goal[..., 2] += torch.where(opening, 0.08, (4 * (beside - 0.01)).clamp(0, 0.08))
         return goal, wanted, there | (around & (grip < 0.3)), holds
 
-    def _insertion(self, qpos, grip, fingers, place, hand):
+    def _insertion(self, qpos, fingers, grip, still, place, hand):
         pose = torch.stack((qpos[:, 23:30], qpos[:, 16:23]), 1)  # the left arm's socket, the right one's peg
         thing, along = pose[..., :3], axes(pose[..., 3:])[..., 0]
         outwards = along * torch.sign(along[..., :1] * self.facing[:, None])
-        width = torch.tensor((0.0462, 0.0342)).to(thing)
-        goal, wanted, closed, holds = self._grasp(thing, outwards, grip, fingers, place, hand, width)
+        goal, wanted, closed, holds = self._grasp(thing, outwards, fingers, grip, still, place, hand)
         # Once held, an object goes where it should be, and the tool goes with it.
         axis = outwards.clone()
         axis[:, 1] = -axis[:, 1]  # both point to +x now
@@ -160,7 +164,7 @@ class Expert:
         askew = torch.linalg.vector_norm(axis[:, 1] - axis[:, 0], dim=-1)
         off = aside + 0.06 * askew
         inserting = (gap < 0.118) & (aside < 0.008)
-        next_gap = torch.where(inserting, 0.09, 0.09 + 0.08 * ((off - 0.003) / 0.003).clamp(0, 1))
+        next_gap = torch.where(inserting, 0.09, 0.09 + 0.08 * ((off - LOOSE) / 0.004).clamp(0, 1))
         both = holds.all(1)
         follow = socket + next_gap[:, None] * axis[:, 0]
         rest = torch.tensor((0.13, 0.5, 0.2)).to(thing)
@@ -173,7 +177,7 @@ class Expert:
         wanted = torch.where(holds[..., None, None], correction @ hand, wanted)
         return goal, wanted, closed
 
-    def _transfer(self, qpos, grip, fingers, place, hand):
+    def _transfer(self, qpos, fingers, grip, still, place, hand):
         thing = qpos[:, None, 16:19].expand(-1, 2, 3)
         sides = axes(qpos[:, 19:23])
         side = torch.where(sides[:, 2:, 0].abs() < 0.7, sides[..., 0], sides[..., 1])  # one that lies level
@@ -182,8 +186,7 @@ class Expert:
         heading = heading - quarter * torch.round(heading / quarter)
         along = torch.stack((torch.cos(heading), torch.sin(heading), torch.zeros_like(heading)), -1)
         outwards = along[:, None] * self.facing[:, None]
-        width = torch.full((2,), 0.044).to(thing)
-        goal, wanted, closed, holds = self._grasp(thing, outwards, grip, fingers, place, hand, width)
+        goal, wanted, closed, holds = self._grasp(thing, outwards, fingers, grip, still, place, hand)
         # The right arm holds the cube up, a little to its own side; the left one comes along x, fingers above and below.
         held = holds[:, 1]
         meet = torch.tensor((0.03, 0.5, 0.25)).to(thing)
