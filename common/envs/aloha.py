@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from common.physics import STATE, BatchedMujoco
 from common.render import BatchedRenderer, decimate
+from common.video import find_gl
 
 # Facts of gym-aloha 0.1.5: constants.py, utils.py and the XML files.
 CONTROL_DT, SUBSTEPS = 0.02, 10  # s
@@ -497,6 +498,7 @@ class _Package:
     """
 
     def __init__(self, num_envs: int, task: str, physics: BatchedMujoco):
+        find_gl()  # names a way to render before dm_control is imported, which otherwise complains of no display
         from dm_control.rl.control import PhysicsError
         from gym_aloha.env import AlohaEnv as PackageEnv
         from gym_aloha.tasks import sim

@@ -1,8 +1,8 @@
 """A scripted expert for the ALOHA tasks: a function of the present state alone, so that it can label any state.
 
 Each arm goes above its object, down, closes, lifts; then the peg follows the axis of the socket into it, wherever the
-socket is, or the left arm reaches for the cube that the right one holds up. What to do next is read off the geometry and
-not remembered, so whatever is dropped or pushed is picked up again. Batched over worlds in torch.
+socket is, or the left arm reaches for the cube that the right one holds up. What to do next is read off the geometry
+and not remembered, so whatever is dropped or pushed is picked up again. Batched over worlds in torch.
 """
 
 import math
@@ -19,11 +19,24 @@ FOREARM = 0.2 + 0.1
 HAND = 0.069744 + 0.135
 UPPER_LENGTH, UPPER_ANGLE = math.hypot(UPPER_ARM[0], UPPER_ARM[2]), math.atan2(UPPER_ARM[2], UPPER_ARM[0])
 BASES = ((-0.469, 0.5, 0.0), (0.469, 0.5, 0.0))  # m, left and right; the right one faces the left one
-PITCH = math.radians(60)  # of the grippers, downwards
-GAIN = 0.35  # share of a joint's error by which its target moves in a step; friction leaves a steady error at any target
-FORESIGHT = 0.6
-LOOSE = 0.004  # m, how far off the socket's axis the peg may enter; the clearance is .008
-STILL = 0.03  # m/s, a finger that has stopped
+LOWEST = (-3.14158, -1.85005, -1.76278, -3.14158, -1.8675, -3.14158)  # rad, the joints' range
+HIGHEST = (3.14158, 1.25664, 1.6057, 3.14158, 2.23402, 3.14158)
+
+PITCH = math.radians(60)  # of a gripper that takes something from the table, downwards
+HOVER = 0.08  # m above it, where the gripper comes from
+FLOOR = 0.02  # m, the lowest a tool goes; below it the fingertips meet the table
+MEET = (-0.07, 0.5, 0.2)  # m, where the socket waits for the peg
+REST = (0.13, 0.5, 0.2)  # m, where the peg waits for the socket
+TOUCHING, INSIDE = 0.12, 0.09  # m between the middles of peg and socket: tip at the mouth; beyond the pin, at .1
+LOOSE = 0.01  # m off the axis of the socket that still lets the peg in; the clearance of .008 m guides it
+HANDOVER = (0.03, 0.5, 0.25)  # m, where the cube waits for the left arm
+ASIDE = (-0.2, 0.5, 0.25)  # m, where the left arm waits for the cube
+CLOSED = 0.3  # of the gripper's target, below which it is closing
+STILL = 0.03  # m/s, a finger that is stopped by what it holds, or nearly so
+
+# Shares of what is missing by which a joint's target moves in a step. Most of it is steered by the target, which does
+# not lag; the rest by the joint itself, which friction keeps behind its target by up to .01 rad.
+BY_TARGET, BY_JOINT = 0.6, 0.3
 
 
 def rotation(axis: int, angle: torch.Tensor) -> torch.Tensor:
@@ -38,8 +51,8 @@ def rotation(axis: int, angle: torch.Tensor) -> torch.Tensor:
 
 
 def forward_kinematics(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tool point (..., 3) and axes (..., 3, 3), x out of the gripper, y across its fingers, in the base's frame, of joints
-    (..., 6).
+    """Tool point (..., 3) and axes (..., 3, 3) of joints (..., 6), in the frame of the base. The x axis points out of
+    the gripper, y from finger to finger.
     """
     waist = rotation(2, q[..., 0])
     forearm = waist @ rotation(1, q[..., 1] + q[..., 2])
@@ -73,7 +86,7 @@ def inverse_kinematics(place: torch.Tensor, hand: torch.Tensor) -> torch.Tensor:
     return torch.stack((waist, shoulder, elbow, roll, bend, turn), -1)
 
 
-def axes(quaternion: torch.Tensor) -> torch.Tensor:
+def matrix(quaternion: torch.Tensor) -> torch.Tensor:
     """Rotation matrices (..., 3, 3) of quaternions (..., 4), w first."""
     w, x, y, z = quaternion.unbind(-1)
     rows = (
@@ -93,111 +106,111 @@ def turn(vector: torch.Tensor) -> torch.Tensor:
 
 
 class Expert:
-    """`expert(env)` is the action (num_envs, 14), in the units of `env.cfg.action_mode`, for the present states."""
+    """`expert(env)`: the action (num_envs, 14) for the present states, in the units of the environment's actions."""
 
     def __init__(self, cfg: AlohaConfig, device: str | torch.device = "cpu"):
-        self.cfg, tensor = cfg, lambda values: torch.tensor(values, dtype=torch.float64, device=device)  # noqa: E731
-        self.bases = tensor(BASES)
-        self.facing = tensor((1.0, -1.0))  # along x
-        self.turned = rotation(2, tensor((0.0, math.pi)))  # (2, 3, 3), the bases' axes
+        self.cfg, self.device = cfg, device
+        self.bases = self._tensor(BASES)
+        self.facing = self._tensor((1.0, -1.0))  # along x
+        self.turned = rotation(2, self._tensor((0.0, math.pi)))  # (2, 3, 3), the bases' axes
+        self.lowest, self.highest = self._tensor(LOWEST) - 0.1, self._tensor(HIGHEST) + 0.1
+        self.step_size = self._tensor(((cfg.joint_step,) * 6 + (cfg.gripper_step,)) * 2)
+
+    def _tensor(self, values) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def __call__(self, env: AlohaEnv) -> torch.Tensor:
         return self.action(env.physics.qpos, env.physics.qvel, env.target)
 
     def action(self, qpos: torch.Tensor, qvel: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Of states (k, nq) and (k, nv), and the joints' targets in them (k, 14)."""
-        qpos = qpos.double()
-        arms, speeds = qpos[:, :16].view(-1, 2, 8), qvel[:, :16].double().view(-1, 2, 8)
-        joints = arms[..., :6]
-        grip = target.view(-1, 2, 7)[..., 6]
-        still = (grip < 0.3) & (speeds[..., 6].abs() < STILL)  # closed on something, or on nothing
+        """Of any states: (k, nq), (k, nv), and the joints' targets in them (k, 14) as in `env.target`."""
+        cfg, qpos, qvel = self.cfg, qpos.double(), qvel.double()
+        arms, speeds, targets = qpos[:, :16].view(-1, 2, 8), qvel[:, :16].view(-1, 2, 8), target.view(-1, 2, 7)
+        joints, fingers = arms[..., :6], arms[..., 6]
+        closing = targets[..., 6] < CLOSED
+        gripping = closing & (speeds[..., 6].abs() < STILL)
         place, hand = forward_kinematics(joints)
         place = self.bases + (self.turned @ place[..., None])[..., 0]
         hand = self.turned @ hand
-        plan = self._insertion if self.cfg.task == "insertion" else self._transfer
-        new_place, new_hand, closed = plan(qpos, arms[..., 6], grip, still, place, hand)
-        local = (self.turned.mT @ (new_place - self.bases)[..., None])[..., 0]
-        wanted = inverse_kinematics(local, self.turned.mT @ new_hand)
-        step = FORESIGHT * (wanted - target.view(-1, 2, 7)[..., :6]) + GAIN * (wanted - joints)
-        # The joints of an arm arrive together, so that the gripper moves in a line.
-        step = step / (step.abs().amax(-1, keepdim=True) / self.cfg.joint_step).clamp(min=1)
-        grip = torch.where(closed, -self.cfg.gripper_step, self.cfg.gripper_step)
-        change = torch.cat((step, grip[..., None]), -1).flatten(1)
-        if self.cfg.action_mode == "absolute":
-            moved = target + change
-            moved[:, [6, 13]] = moved[:, [6, 13]].clamp(0, 1)
-            return moved.float()
-        sizes = torch.tensor(((self.cfg.joint_step,) * 6 + (self.cfg.gripper_step,)) * 2).to(change)
-        return (change / sizes).float()
+        plan = self._insertion if cfg.task == "insertion" else self._transfer
+        goal, axes, close = plan(qpos[:, 16:], fingers, closing, gripping, place, hand)
 
-    def _grasp(self, thing, along, fingers, grip, still, place, hand):
-        """Where the tools go to take hold of objects at `thing` (k, 2, 3) with long axes `along`, how they are turned,
-        which close (k, 2), and which hold."""
+        goal = (self.turned.mT @ (goal - self.bases)[..., None])[..., 0]
+        wanted = inverse_kinematics(goal, self.turned.mT @ axes)
+        # A grip that leads to where the arm cannot go is given up for another.
+        close = close & ((wanted > self.lowest) & (wanted < self.highest)).all(-1)
+        step = BY_TARGET * (wanted - targets[..., :6]) + BY_JOINT * (wanted - joints)
+        # The joints of an arm arrive together, so that the gripper moves in a line.
+        step = step / (step.abs().amax(-1, keepdim=True) / cfg.joint_step).clamp(min=1)
+        grip = torch.where(close, -cfg.gripper_step, cfg.gripper_step)
+        change = torch.cat((step, grip[..., None]), -1).flatten(1)
+        if cfg.action_mode == "delta":
+            return (change / self.step_size).float()
+        moved = (targets + change.view_as(targets)).clone()
+        moved[..., 6] = moved[..., 6].clamp(0, 1)
+        return moved.flatten(1).float()
+
+    def _grasp(self, thing, along, fingers, closing, gripping, place, hand):
+        """To take hold of objects at `thing` (k, 2, 3) across their horizontal axes `along`, which point away from the
+        arms: where the tools go, with which axes, which grippers close, and which of them hold their object.
+        """
         heading = torch.atan2(along[..., 1], along[..., 0])
-        wanted = rotation(2, heading) @ rotation(1, torch.full_like(heading, PITCH))
-        turned = torch.linalg.vector_norm(wanted[..., 1] - hand[..., 1], dim=-1)
+        axes = rotation(2, heading) @ rotation(1, torch.full_like(heading, PITCH))
         goal = thing.clone()
-        goal[..., 2] = goal[..., 2].clamp(min=0.02)
-        beside = torch.linalg.vector_norm((place - goal)[..., :2], dim=-1) + 0.05 * turned
+        goal[..., 2] = goal[..., 2].clamp(min=FLOOR)
+        askew = torch.linalg.vector_norm(axes[..., 1] - hand[..., 1], dim=-1)
+        beside = torch.linalg.vector_norm((place - goal)[..., :2], dim=-1) + 0.05 * askew
         above = place[..., 2] - goal[..., 2]
         there = (beside < 0.015) & (above.abs() < 0.015)
-        inside = (hand.mT @ (thing - place)[..., None])[..., 0].abs()
-        around = (inside < torch.tensor((0.03, 0.015, 0.03)).to(inside)).all(-1)
-        holds = around & still
-        opening = (fingers < 0.05) & (above > 0.03) & ~holds
-        goal[..., 2] += torch.where(opening, 0.08, (4 * (beside - 0.01)).clamp(0, 0.08))
-        return goal, wanted, there | (around & (grip < 0.3)), holds
+        inside = (hand.mT @ (thing - place)[..., None])[..., 0].abs() < self._tensor((0.03, 0.015, 0.03))
+        between = inside.all(-1) & closing
+        holds = between & gripping
+        too_narrow = (fingers < 0.05) & (above > 0.03) & ~holds
+        # A funnel: the further beside the object, the higher above it.
+        goal[..., 2] += torch.where(too_narrow, HOVER, (4 * (beside - 0.01)).clamp(0, HOVER))
+        return goal, axes, there | between, holds
 
-    def _insertion(self, qpos, fingers, grip, still, place, hand):
-        pose = torch.stack((qpos[:, 23:30], qpos[:, 16:23]), 1)  # the left arm's socket, the right one's peg
-        thing, along = pose[..., :3], axes(pose[..., 3:])[..., 0]
-        outwards = along * torch.sign(along[..., :1] * self.facing[:, None])
-        goal, wanted, closed, holds = self._grasp(thing, outwards, fingers, grip, still, place, hand)
-        # Once held, an object goes where it should be, and the tool goes with it.
-        axis = outwards.clone()
-        axis[:, 1] = -axis[:, 1]  # both point to +x now
-        meet = torch.tensor((-0.07, 0.5, 0.2)).to(thing)
-        socket, peg = thing[:, 0], thing[:, 1]
-        between = peg - socket
-        gap = (between * axis[:, 0]).sum(-1)
-        aside = torch.linalg.vector_norm(between - gap[:, None] * axis[:, 0], dim=-1)
-        askew = torch.linalg.vector_norm(axis[:, 1] - axis[:, 0], dim=-1)
-        off = aside + 0.06 * askew
-        inserting = (gap < 0.118) & (aside < 0.008)
-        next_gap = torch.where(inserting, 0.09, 0.09 + 0.08 * ((off - LOOSE) / 0.004).clamp(0, 1))
-        both = holds.all(1)
-        follow = socket + next_gap[:, None] * axis[:, 0]
-        rest = torch.tensor((0.13, 0.5, 0.2)).to(thing)
-        there = torch.stack((meet.expand_as(socket), torch.where(both[:, None], follow, rest)), 1)
-        level = torch.tensor((1.0, 0.0, 0.0)).to(thing).expand_as(socket)
-        straight = torch.stack((level, torch.where(both[:, None], axis[:, 0], level)), 1)
-        correction = turn(torch.linalg.cross(axis, straight))
-        carried = there + (correction @ (place - thing)[..., None])[..., 0]
+    def _insertion(self, pose, fingers, closing, gripping, place, hand):
+        pose = torch.stack((pose[:, 7:], pose[:, :7]), 1)  # the left arm's socket, the right one's peg
+        thing, along = pose[..., :3], matrix(pose[..., 3:])[..., 0]
+        along = along * torch.where(along[..., :1] * self.facing[:, None] < 0, -1.0, 1.0)
+        goal, axes, close, holds = self._grasp(thing, along, fingers, closing, gripping, place, hand)
+        # What is held goes where it should be, and the tool with it: the peg onto the axis of the socket, then into it.
+        along = along * self.facing[:, None]  # both to +x
+        (socket, peg), axis = thing.unbind(1), along[:, 0]
+        gap = ((peg - socket) * axis).sum(-1, keepdim=True)
+        off = torch.linalg.vector_norm(peg - socket - gap * axis, dim=-1, keepdim=True)
+        skew = torch.linalg.vector_norm(along[:, 1] - axis, dim=-1, keepdim=True)
+        back = (TOUCHING + 0.05 - INSIDE) * ((off + 0.06 * skew - LOOSE) / 0.005).clamp(0, 1)
+        entered = (gap < TOUCHING) & (off < 0.01)
+        follow = socket + (INSIDE + torch.where(entered, 0.0, back)) * axis
+        both = holds.all(1, keepdim=True)
+        level = self._tensor((1.0, 0.0, 0.0)).expand_as(socket)
+        there = torch.stack((self._tensor(MEET).expand_as(socket), torch.where(both, follow, self._tensor(REST))), 1)
+        straight = torch.stack((level, torch.where(both, axis, level)), 1)
+        turning = turn(torch.linalg.cross(along, straight))
+        carried = there + (turning @ (place - thing)[..., None])[..., 0]
         goal = torch.where(holds[..., None], carried, goal)
-        wanted = torch.where(holds[..., None, None], correction @ hand, wanted)
-        return goal, wanted, closed
+        return goal, torch.where(holds[..., None, None], turning @ hand, axes), close
 
-    def _transfer(self, qpos, fingers, grip, still, place, hand):
-        thing = qpos[:, None, 16:19].expand(-1, 2, 3)
-        sides = axes(qpos[:, 19:23])
+    def _transfer(self, pose, fingers, closing, gripping, place, hand):
+        cube, sides = pose[:, None, :3].expand(-1, 2, 3), matrix(pose[:, 3:])
         side = torch.where(sides[:, 2:, 0].abs() < 0.7, sides[..., 0], sides[..., 1])  # one that lies level
         quarter = math.pi / 2
         heading = torch.atan2(side[:, 1], side[:, 0])
-        heading = heading - quarter * torch.round(heading / quarter)
+        heading = heading - quarter * torch.round(heading / quarter)  # of the four, the one along x
         along = torch.stack((torch.cos(heading), torch.sin(heading), torch.zeros_like(heading)), -1)
-        outwards = along[:, None] * self.facing[:, None]
-        goal, wanted, closed, holds = self._grasp(thing, outwards, fingers, grip, still, place, hand)
-        # The right arm holds the cube up, a little to its own side; the left one comes along x, fingers above and below.
-        held = holds[:, 1]
-        meet = torch.tensor((0.03, 0.5, 0.25)).to(thing)
-        carried = meet + place[:, 1] - thing[:, 1]
-        sideways = rotation(0, torch.full_like(heading, quarter))
-        aside = (thing - place)[:, 0, 1:].norm(dim=-1) + 0.05 * (sideways - hand[:, 0]).flatten(1).norm(dim=-1)
-        away = torch.tensor((1.0, 0.0, 0.0)).to(thing) * (4 * (aside - 0.01)).clamp(0, 0.1)[:, None]
-        raised = held & ((thing[:, 0] - meet).norm(dim=-1) < 0.02)
-        waiting = torch.tensor((-0.2, 0.5, 0.25)).to(thing)
-        left = torch.where(raised[:, None], thing[:, 0] - away, waiting)
-        near = raised & ((thing - place)[:, 0].norm(dim=-1) < 0.015)
-        goal = torch.stack((left, torch.where(held[:, None], carried, goal[:, 1])), 1)
-        wanted = torch.stack((sideways, torch.where(held[:, None, None], hand[:, 1], wanted[:, 1])), 1)
-        return goal, wanted, torch.stack((near, closed[:, 1]), 1)
+        along = along[:, None] * self.facing[:, None]
+        goal, axes, close, holds = self._grasp(cube, along, fingers, closing, gripping, place, hand)
+        # The right arm holds the cube up; the left one comes along x, with its fingers above and below it.
+        held = holds[:, 1, None]
+        raised = held & ((cube[:, 0] - self._tensor(HANDOVER)).norm(dim=-1, keepdim=True) < 0.02)
+        lying = rotation(0, torch.full_like(heading, quarter))
+        skew = (lying - hand[:, 0]).flatten(1).norm(dim=-1, keepdim=True)
+        beside = (cube - place)[:, 0, 1:].norm(dim=-1, keepdim=True) + 0.05 * skew
+        before = cube[:, 0] - self._tensor((1.0, 0.0, 0.0)) * (4 * (beside - 0.01)).clamp(0, 0.1)
+        left = torch.where(raised, before, self._tensor(ASIDE))
+        arrived = raised[:, 0] & ((cube - place)[:, 0].norm(dim=-1) < 0.015)
+        right = torch.where(held, self._tensor(HANDOVER) + (place - cube)[:, 1], goal[:, 1])
+        axes = torch.stack((lying, torch.where(held[..., None], hand[:, 1], axes[:, 1])), 1)
+        return torch.stack((left, right), 1), axes, torch.stack((arrived, close[:, 1]), 1)
