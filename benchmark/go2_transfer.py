@@ -12,9 +12,10 @@ of 100 that mujoco_menagerie's models set. Flags this script does not know go to
 """
 
 import itertools
+import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +40,17 @@ STILL |= {"friction_range": (0.8, 0.8), "armature_range": (0.02, 0.02)}  # commo
 
 
 def load(path: Path):
-    """(policy, settings of its run) of a checkpoint, or of a policy.onnx in the folder that its run left."""
+    """(policy, its settings, what its training reported) of a checkpoint, or of a policy.onnx, in a run's folder."""
+    run_dir = path.parent if path.suffix == ".onnx" else path.parents[1]
+    summary = run_dir / "summary.json"
+    summary = json.loads(summary.read_text()) if summary.is_file() else {}
     if path.suffix != ".onnx":
-        return tools.load_policy(path)[:2]
+        return *tools.load_policy(path)[:2], summary
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)
-    _, cfg, _ = tools.load_policy(path.parent / "checkpoints" / "final_model.pt")
-    return lambda obs: torch.from_numpy(session.run(None, {"obs": obs.numpy()})[0]), cfg
+    cfg = tools.load_policy(run_dir / "checkpoints" / "final_model.pt")[1]
+    return lambda obs: torch.from_numpy(session.run(None, {"obs": obs.numpy()})[0]), cfg, summary
 
 
 def measure(policy, cfg, physics: str, cone: str, damping: float, dry: float, args) -> dict:
@@ -99,15 +103,15 @@ def main():
     runs = {}
     for name, path in policies.items():
         print(name)
-        policy, cfg = load(path)
+        policy, cfg, summary = load(path)
         combinations = itertools.product(args.physics, args.cones, args.dampings, args.frictions)
         rows = [measure(policy, cfg, *combination, args) for combination in combinations]
         worst = {key: max(row[key] for row in rows) for key in ("fall_rate", "lin_vel_error", "yaw_rate_error")}
         met = sum(row["meets_goal"] for row in rows)
-        runs[name] = {"met": met, "combinations": len(rows), "worst": worst, "rows": rows}
+        runs[name] = {"met": met, "combinations": len(rows), "worst": worst, "training": summary, "rows": rows}
         print(f"{name}: {met} of {len(rows)} meet the goal; worst {worst}")
     figures = {"goal": f"falls at most {GOAL_FALLS:.0%}, velocity error at most {GOAL_ERROR} m/s", "runs": runs}
-    figures["training"] = [] if args.model_path else [str(word) for word in (*TRAINING, *flags)]
+    figures["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("log_dir", "seed", "resume")}
     tools.write(args, "go2_transfer", args.seeds, cfg.num_envs, began, figures)
 
 
