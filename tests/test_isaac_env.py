@@ -4,8 +4,10 @@ doubles with their habits (tests/isaac_doubles.py), and the order in which Isaac
 
 import io
 import math
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -15,8 +17,9 @@ from gymnasium.vector import AutoresetMode
 from isaac_doubles import DirectDouble, FactoryDouble, ManagerDouble, MjlabDouble
 
 from common.envs.gym_loop import GymnasiumEnv
-from common.envs.isaac import IsaacEnv, check_task, make_env
+from common.envs.isaac import MJLAB_INSTALL, IsaacEnv, check_launcher_args, check_task, make_env
 
+ROOT = Path(__file__).resolve().parent.parent
 INF = float("inf")
 
 
@@ -325,7 +328,7 @@ def test_observations_are_flattened():
         ("OddImage-v0", "no CNN"),
         ("OddSequence-v0", "no vector of numbers"),
         ("Isaac-Cartpole-Direct-v0", "install it as https://isaac-sim.github.io"),
-        ("Mjlab-Cartpole-Balance", "pip install mjlab"),
+        ("Mjlab-Cartpole-Balance", ".venv-mjlab/bin/pip install -r requirements-mjlab.txt"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(env_id, words, monkeypatch):
@@ -334,6 +337,22 @@ def test_mistakes_are_told_in_one_sentence(env_id, words, monkeypatch):
     with pytest.raises(ValueError, match=".") as error:
         make_env(env_id, 1)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_on_the_way_to_a_simulator_needs_mujoco(tmp_path):
+    program = """if True:
+        import sys
+        sys.modules["mujoco"] = None  # so that importing it fails
+        import torch
+        from common.envs import gym_loop, isaac, isaac_eval
+        import common.video
+        env = isaac.make_env("CartPole-v1", 2)
+        env.reset()
+        env.load_state_dict(env.state_dict())
+        assert env.step(torch.zeros(2, dtype=torch.long))[0].shape == (2, 4) and env.exact_resume
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_dependency_keeps_gymnasiums_own_hint(monkeypatch):
@@ -635,6 +654,7 @@ ADD_ARGS = """
             parser.add_argument("--device", default="cuda:0")
             parser.add_argument("--headless", action="store_true")
             parser.add_argument("--enable_cameras", action="store_true")
+            parser.add_argument("--kit_args", default="")
 """
 LAUNCH = """
         import contextlib
@@ -744,6 +764,76 @@ def test_a_package_that_the_task_misses_costs_one_sentence(install):
     with pytest.raises(ValueError, match="^--env-id Isaac-Cartpole-v0 lacks a package: moviepy is required. Install"):
         make_env("Isaac-Cartpole-v0", 2, video_dir="videos")
     assert sys.argv[1:] == ["--env-id", "Isaac-Cartpole-v0"]
+
+
+UNREACHABLE = ["FileNotFoundError('Unable to find the file:\\n https://server/Robots/cart.usd')"]
+UNREACHABLE += ["RuntimeError(\"Unable to copy file: 'https://server/Robots/cart.usd'\")"]
+
+
+@pytest.mark.parametrize("error", UNREACHABLE)
+@pytest.mark.parametrize("version", [NEWER, OLD], ids=["3.0", "2.3"])
+def test_a_robot_that_cannot_be_fetched_costs_one_sentence(install, version, error):
+    install(version | _failing(error))
+    with pytest.raises(ValueError, match="^--env-id Isaac-Cartpole-v0 needs a file") as caught:
+        make_env("Isaac-Cartpole-v0", 2)
+    sentence = str(caught.value)
+    assert "https://server/Robots/cart.usd" in sentence and "'Robots without a network'" in sentence
+    assert "\n" not in sentence and "\n**Robots without a network.**" in (ROOT / "docs" / "isaac.md").read_text()
+
+
+def test_other_failures_of_a_simulator_are_not_taken_for_a_missing_robot(install):
+    install(NEWER | _failing("RuntimeError('out of memory')"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_env("Isaac-Cartpole-v0", 2)
+
+
+def _failing(error):
+    """The packages, with tasks that end in `error` when they are made."""
+    text = COMMON["isaaclab_tasks/__init__.py"]
+    return {"isaaclab_tasks/__init__.py": text.replace("import sys", f"raise {error}")}
+
+
+@pytest.mark.parametrize("version", [NEWER, BETA, OLD], ids=["3.0", "3.0-beta", "2.3"])
+def test_a_task_of_several_agents_is_refused_before_it_exists(install, version):
+    events = install(version, "possible_agents=['cart', 'pole']")
+    with pytest.raises(ValueError, match="^--env-id Isaac-Cartpole-v0 is a task of several agents; this script trains"):
+        make_env("Isaac-Cartpole-v0", 2)
+    assert not any(event[0] == "made" for event in events)
+    if version is not OLD:  # where nothing is known before Kit runs
+        assert events == ["tasks imported"]
+        with pytest.raises(ValueError, match="several agents"):
+            check_task("Isaac-Cartpole-v0")
+
+
+OURS = ("num_envs", "env_id", "save_video", "learning_rate")
+
+
+@pytest.mark.parametrize("env_id", ["Mjlab-Cartpole-Balance", "CartPole-v1"])
+@pytest.mark.parametrize("words", [("--num-env", "16"), ("--num_env=16",), ("--num-env",)])
+def test_a_mistyped_flag_is_refused_where_there_is_no_launcher(env_id, words):
+    flag = words[0].partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{flag} is unknown; the nearest flag is --num-envs, and --help lists all$"):
+        check_launcher_args(env_id, words, OURS)
+
+
+@pytest.mark.parametrize("version", [NEWER, BETA, OLD], ids=["3.0", "3.0-beta", "2.3"])
+def test_flags_are_the_scripts_the_launchers_or_refused(install, version):
+    events = install(version)
+    check_launcher_args("Isaac-Cartpole-v0", ["--headless", "--device=cpu"], OURS)
+    check_launcher_args("Isaac-Cartpole-v0", ["--kit_args", "--enable omni.kit", "--headless"], OURS)
+    for word, nearest in (
+        ("--num-env", "--num-envs"),
+        ("--headles", "--headless"),
+        ("--learning-rat", "--learning-rate"),
+    ):
+        with pytest.raises(ValueError, match=f"^{word} is unknown to .* launcher; the nearest flag is {nearest}, and"):
+            check_launcher_args("IsaacContrib-Cartpole-v0", ["--headless", word, "3"], OURS)
+    assert not any(event[0] == "launched" for event in events)
+
+
+def test_the_sentence_for_a_missing_mjlab_is_what_the_page_says():
+    page = (ROOT / "docs" / "isaac.md").read_text()
+    assert all(command in page for command in MJLAB_INSTALL.split(" && "))
 
 
 def _recorded(events):

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Mapping
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -58,6 +57,21 @@ def set_spaces(env: VectorEnv, obs_dim: int, action_space) -> None:
 # --- Gymnasium
 
 
+@contextlib.contextmanager
+def _quiet_mujoco():
+    """MuJoCo warns of its own deprecations once for every model, also on disk. Isaac Lab's environment may lack it."""
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
 class GymnasiumEnv(VectorEnv):
     """`num_envs` environments of one Gymnasium id, stepped one after the other in this process.
 
@@ -69,20 +83,17 @@ class GymnasiumEnv(VectorEnv):
 
     def __init__(self, env_id: str, num_envs: int, device="cpu", seed: int = 1, history: int = 1, **make_kwargs):
         self.num_envs, self.device, self.history = num_envs, torch.device(device), history
-        # MuJoCo warns of its own deprecations once for every model, also on disk.
-        mujoco.set_mju_user_warning(lambda message: None)
         try:
             spec = copy.deepcopy(gym.spec(env_id))
             spec.order_enforce, spec.disable_env_checker = False, True  # layers of Python round every step
-            self.envs = [gym.make(spec, **make_kwargs) for _ in range(num_envs)]
+            with _quiet_mujoco():
+                self.envs = [gym.make(spec, **make_kwargs) for _ in range(num_envs)]
         except (gym.error.DependencyNotInstalled, ImportError) as error:
             raise ValueError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
         except gym.error.UnregisteredEnv:
             raise ValueError(f"--env-id: there is no {env_id!r}{suggestion(env_id, gym.registry)}") from None
         except (gym.error.Error, TypeError) as error:
             raise ValueError(f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
-        finally:
-            mujoco.set_mju_user_warning(None)
         env = self.envs[0]
         self.spec, self.render_mode = env.spec, env.render_mode
         self.metadata = {"render_fps": env.metadata.get("render_fps")} | GymnasiumEnv.metadata
@@ -215,8 +226,9 @@ def _layers(env: gym.Env) -> list[gym.Wrapper]:
 
 def _is_fixed(value) -> bool:
     """Whether an attribute never changes, or is restored on its own."""
-    fixed = (gym.Space, gym.envs.registration.EnvSpec, np.random.Generator, mujoco.MjModel, mujoco.MjData)
-    return isinstance(value, fixed) or type(value).__module__.startswith("gymnasium.envs.mujoco") or callable(value)
+    fixed = (gym.Space, gym.envs.registration.EnvSpec, np.random.Generator)
+    of_mujoco = type(value).__module__.startswith(("mujoco.", "gymnasium.envs.mujoco"))
+    return isinstance(value, fixed) or of_mujoco or callable(value)
 
 
 def _can_resume(env: gym.Env) -> bool:
@@ -238,7 +250,9 @@ def _env_state(env: gym.Env) -> dict:
     generator["state"] = {key: str(value) for key, value in generator["state"].items()}  # 128 bits each
     steps = [getattr(layer, "_elapsed_steps", None) for layer in _layers(env)]
     state = {"attributes": attributes, "generator": generator, "steps": steps}
-    if isinstance(getattr(base, "data", None), mujoco.MjData):
+    if type(getattr(base, "data", None)).__name__ == "MjData":
+        import mujoco  # here, as Isaac Lab's environment need not have it
+
         physics = np.empty(mujoco.mj_stateSize(base.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(base.model, base.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         # Rewards compare positions before and after a step, and those before it are the last step's results.
@@ -256,13 +270,16 @@ def _load_env_state(env: gym.Env, state: dict):
         if steps is not None:
             layer._elapsed_steps = steps
     if "physics" in state:
+        import mujoco
+
         mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
         for name, array in _arrays(base.data).items():
             if array.shape == state["derived"][name].shape:  # else its size is the number of contacts: recomputed first
                 array[...] = state["derived"][name].numpy()
 
 
-def _arrays(data: mujoco.MjData) -> dict[str, np.ndarray]:
+def _arrays(data) -> dict[str, np.ndarray]:
+    """Those of an MjData."""
     names = (name for name in dir(data) if not name.startswith("_"))
     return {name: value for name in names if isinstance(value := getattr(data, name), np.ndarray)}
 

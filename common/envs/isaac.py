@@ -22,6 +22,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from common.cli import nearest
 from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, set_spaces, suggestion
 from common.video import use_gl
 
@@ -30,9 +31,12 @@ SYNCHRONOUS = ("Factory", "Forge", "AutoMate")
 VIDEO_INTERVAL, VIDEO_LENGTH = 2000, 200  # steps between the starts of the simulator's own videos, and of one video
 # Functions of Isaac Lab's managers whose observations are images; image_features are vectors.
 IMAGE_TERMS = ("image", "image_rgb", "image_depth", "image_normals", "image_segmentation")
+SEVERAL_AGENTS = "--env-id {} is a task of several agents; this script trains one"
+MJLAB_INSTALL = "python3 -m venv .venv-mjlab && .venv-mjlab/bin/pip install -r requirements-mjlab.txt"
 INSTALL = {
-    "isaaclab": "Isaac Lab cannot be imported ({}); install it as https://isaac-sim.github.io/IsaacLab says",
-    "mjlab": "mjlab cannot be imported ({}); install it with: pip install mjlab",
+    "isaaclab": "Isaac Lab cannot be imported ({}); install it as https://isaac-sim.github.io/IsaacLab or docs/isaac.md"
+    " says",
+    "mjlab": f"mjlab cannot be imported ({{}}); give it an environment of its own with: {MJLAB_INSTALL}",
 }
 
 
@@ -89,6 +93,23 @@ def check_task(env_id: str, physics: str = "newton_mjwarp") -> None:
         GymnasiumEnv(env_id, 1).close()
 
 
+def check_launcher_args(env_id: str, words: Iterable[str], fields: Iterable[str]) -> None:
+    """Refuses flags that the script does not know and that no launcher takes, with the nearest flag there is.
+
+    words: what of the command line the script did not know. fields: names of the script's own settings.
+    Only Isaac Lab has a launcher; which flags it takes differs by its version, so it is asked.
+    """
+    parser, whom = _Parser(add_help=False, allow_abbrev=False), ""
+    if env_id.startswith(("Isaac-", "IsaacContrib-")):
+        _add_launcher_args(parser, _launcher(env_id))
+        whom = " to this script and to Isaac Lab's launcher"
+    _, foreign = parser.parse_known_args(list(words))
+    flags = [f"--{name.replace('_', '-')}" for name in fields] + [*parser._option_string_actions]
+    flag = next((word.partition("=")[0] for word in foreign if re.match("--?[a-zA-Z]", word)), None)
+    if flag is not None:
+        raise ValueError(f"{flag} is unknown{whom}; the nearest flag is {nearest(flag, flags)}, and --help lists all")
+
+
 # --- Isaac Lab and mjlab: one simulator steps all environments
 
 
@@ -125,7 +146,7 @@ class IsaacEnv(VectorEnv):
         self.env, self.sim = env, env.unwrapped
         sim, self.history, self.clip_actions, self._on_close = self.sim, history, clip_actions, on_close
         if hasattr(sim, "possible_agents"):
-            raise ValueError(f"--env-id {env_id} is a task of several agents; this script trains one")
+            raise ValueError(SEVERAL_AGENTS.format(env_id))
         self.num_envs, self.device = sim.num_envs, torch.device(sim.device)
         self.render_mode = getattr(env, "render_mode", None)
         self.metadata = {"render_fps": getattr(sim, "metadata", {}).get("render_fps")} | IsaacEnv.metadata
@@ -346,6 +367,15 @@ def _launcher(env_id):
         raise ValueError(f"--env-id {env_id}: {INSTALL['isaaclab'].format(error)}") from None
 
 
+def _add_launcher_args(parser, launcher):
+    if launcher is None:
+        app = importlib.import_module("isaaclab.app")
+        app.AppLauncher.add_app_launcher_args(parser)
+    else:
+        _, add_launcher_args = launcher
+        add_launcher_args(parser)
+
+
 def _find_launcher():
     app = importlib.import_module("isaaclab.app")
     if hasattr(app, "launch_simulation"):
@@ -374,6 +404,8 @@ def _isaac_config(env_id, physics, with_presets):
             if word not in names:
                 raise ValueError(f"--physics {word} is no preset of {env_id}, which has {', '.join(sorted(names))}")
         cfg = hydra.resolve_presets(cfg, wanted)
+    if hasattr(cfg, "possible_agents"):
+        raise ValueError(SEVERAL_AGENTS.format(env_id))
     _refuse_images(env_id, getattr(cfg, "observation_space", None))
     observations = getattr(cfg, "observations", None)
     for name, group in ((name, getattr(observations, name, None)) for name in ("policy", "critic")):
@@ -407,20 +439,18 @@ def _make_isaac(
     parser = _Parser(add_help=False, allow_abbrev=False)
     words, sys.argv[1:] = sys.argv[1:], []  # Kit reads the command line too, and takes our flags for its own
     try:
+        _add_launcher_args(parser, launcher)
+        args = parser.parse_args(list(launcher_args))
+        args.device = str(device)
         if launcher is None:
             from isaaclab.app import AppLauncher
 
-            AppLauncher.add_app_launcher_args(parser)
-            args = parser.parse_args(list(launcher_args))
-            args.device, args.enable_cameras = str(device), getattr(args, "enable_cameras", False) or bool(video_dir)
+            args.enable_cameras = args.enable_cameras or bool(video_dir)
             app = AppLauncher(args).app
             cfg = _isaac_config(env_id, physics, with_presets=False)
             stack.callback(app.close)  # not before here: closing Kit ends the process, and nobody would read the error
         else:
-            launch_simulation, add_launcher_args = launcher
-            add_launcher_args(parser)
-            args = parser.parse_args(list(launcher_args))
-            args.device = str(device)
+            launch_simulation, _ = launcher
             cfg = _isaac_config(env_id, physics, with_presets=True)
         cfg.sim.device, cfg.scene.num_envs, cfg.seed = str(device), num_envs, seed
         if compute_final_obs and hasattr(cfg, "compute_final_obs"):
@@ -442,6 +472,14 @@ def _make_isaac(
         env = gym.make(env_id, cfg=cfg, **make_kwargs)
     except ImportError as error:  # such as moviepy, for a video
         raise ValueError(f"--env-id {env_id} lacks a package: {' '.join(str(error).split())}") from None
+    except (FileNotFoundError, RuntimeError) as error:  # such as a robot, on a server that cannot be reached
+        if not isinstance(error, FileNotFoundError) and "Unable to copy file" not in str(error):
+            raise
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"--env-id {env_id} needs a file that is not to be had ({what}); docs/isaac.md says under 'Robots without a"
+            " network' what to do"
+        ) from None
     finally:
         sys.argv[1:] = words
     if video_dir and not own_video:
