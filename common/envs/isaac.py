@@ -8,6 +8,7 @@ ValueError with one sentence.
 import argparse
 import contextlib
 import copy
+import difflib
 import importlib
 import importlib.util
 import math
@@ -22,7 +23,6 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from common.cli import nearest
 from common.envs.gym_loop import GymnasiumEnv, check_action_space, flat_width, set_spaces, suggestion
 from common.video import use_gl
 
@@ -107,7 +107,9 @@ def check_launcher_args(env_id: str, words: Iterable[str], fields: Iterable[str]
     flags = [f"--{name.replace('_', '-')}" for name in fields] + [*parser._option_string_actions]
     flag = next((word.partition("=")[0] for word in foreign if re.match("--?[a-zA-Z]", word)), None)
     if flag is not None:
-        raise ValueError(f"{flag} is unknown{whom}; the nearest flag is {nearest(flag, flags)}, and --help lists all")
+        similar = difflib.get_close_matches(flag, flags, n=1)
+        hint = f"the nearest flag is {similar[0]}, and " if similar else ""
+        raise ValueError(f"{flag} is unknown{whom}; {hint}--help lists all of this script")
 
 
 # --- Isaac Lab and mjlab: one simulator steps all environments
