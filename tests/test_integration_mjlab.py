@@ -107,8 +107,8 @@ def test_training_balances_the_pole_far_better_than_random_actions(tmp_path):
     from common.envs.isaac_eval import evaluate
 
     command = [sys.executable, ROOT / "ppo_continuous_isaac.py", "--env-id", CARTPOLE, "--device", "cpu", "--seed", "1"]
-    command += ["--num-envs", "256", "--num-steps", "32", "--num-iterations", "100", "--eval-episodes", "16"]
-    command += ["--norm-obs", "--norm-reward"]  # the task's own settings need fifty times the steps
+    # The first command of docs/isaac.md: the task's own settings with fewer environments.
+    command += ["--num-envs", "256", "--num-iterations", "250", "--eval-episodes", "16"]
     command += ["--no-save-video", "--log-dir", tmp_path]
     subprocess.run(command, check=True, cwd=ROOT)
 
@@ -119,6 +119,7 @@ def test_training_balances_the_pole_far_better_than_random_actions(tmp_path):
     trained = evaluate(agent, env, 32, seed=777)
     at_random = evaluate(lambda obs: torch.randn(len(obs), 1), env, 32, seed=777)
     env.close()
-    # A perfect episode is 1000 steps of 0.05 s at a reward of 1 per second: 50.
-    assert trained["mean_return"] > 40
+    # A perfect episode is 1000 steps of 0.05 s at a reward of 1 per second: 50. The pole is learnt late and then at once:
+    # seed 1 returned 31 after 50 iterations and 49.99 after 75, seed 2 26 after 100, 46.5 after 125 and 49.8 after 150.
+    assert trained["mean_return"] > 45
     assert at_random["mean_return"] < 25

@@ -778,7 +778,7 @@ def test_a_robot_that_cannot_be_fetched_costs_one_sentence(install, version, err
         make_env("Isaac-Cartpole-v0", 2)
     sentence = str(caught.value)
     assert "https://server/Robots/cart.usd" in sentence and "'Robots without a network'" in sentence
-    assert "\n" not in sentence and "\n**Robots without a network.**" in (ROOT / "docs" / "isaac.md").read_text()
+    assert "\n" not in sentence and "\n### Robots without a network\n" in (ROOT / "docs" / "isaac.md").read_text()
 
 
 def test_other_failures_of_a_simulator_are_not_taken_for_a_missing_robot(install):
