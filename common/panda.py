@@ -28,29 +28,42 @@ TORQUE_LIMITS = (87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0)  # Nm
 JOINTS = tuple(f"joint{i}" for i in range(1, 8))
 
 
+def _dh_matrices() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotation of joint i's frame in its parent's as C0 + cos(q) C1 + sin(q) C2, (3, 8, 3, 3), and its position there,
+    (8, 3). The eighth, which does not move, is the hand's.
+    """
+    rotation, position = torch.zeros(3, 8, 3, 3, dtype=torch.float64), torch.zeros(8, 3, dtype=torch.float64)
+    for i, (a, d, alpha) in enumerate(DH):
+        # All alpha are multiples of a right angle, whose sines and cosines are whole numbers.
+        ca, sa = round(math.cos(alpha)), round(math.sin(alpha))
+        rotation[0, i] = torch.tensor([[0, 0, 0], [0, 0, -sa], [0, 0, ca]])
+        rotation[1, i] = torch.tensor([[1, 0, 0], [0, ca, 0], [0, sa, 0]])
+        rotation[2, i] = torch.tensor([[0, -1, 0], [ca, 0, 0], [sa, 0, 0]])
+        position[i] = torch.tensor([a, -sa * d, ca * d], dtype=torch.float64)
+    return rotation, position
+
+
+DH_ROTATION, DH_POSITION = _dh_matrices()
+
+
 class Frames:
     """Forward kinematics of joint angles `q` (N, 7): `position` (N, 3) and `rotation` (N, 3, 3) of the hand, and of
     the seven link frames `origins` (N, 7, 3) and `rotations` (N, 7, 3, 3), columns being axes; all in the robot's base.
     """
 
     def __init__(self, q: torch.Tensor):
-        zeros = torch.zeros(len(q), 3, dtype=q.dtype, device=q.device)
-        x, y, z = (zeros.index_fill(1, torch.tensor([i], device=q.device), 1.0) for i in range(3))
-        cos, sin = torch.cos(q), torch.sin(q)
-        p, origins, axes = zeros, [], []
-        for i, (a, d, alpha) in enumerate(DH):
-            ca, sa = round(math.cos(alpha)), round(math.sin(alpha))  # all alpha are multiples of a right angle
-            p = p + a * x
-            y, z = ca * y + sa * z, ca * z - sa * y
-            p = p + d * z
-            if i < 7:
-                c, s = cos[:, i, None], sin[:, i, None]
-                x, y = c * x + s * y, c * y - s * x
-                origins.append(p)
-                axes.append(torch.stack((x, y, z), 2))
-        c, s = math.cos(HAND_YAW), math.sin(HAND_YAW)
-        self.position, self.rotation = p, torch.stack((c * x + s * y, c * y - s * x, z), 2)
-        self.origins, self.rotations = torch.stack(origins, 1), torch.stack(axes, 1)
+        fixed, with_cos, with_sin = DH_ROTATION.to(q)
+        q = torch.nn.functional.pad(q, (0, 1), value=HAND_YAW)[..., None, None]  # (N, 8, 1, 1)
+        steps = (fixed + torch.cos(q) * with_cos + torch.sin(q) * with_sin).unbind(1)
+        rotations = [steps[0]]
+        for step in steps[1:]:
+            rotations.append(rotations[-1] @ step)
+        rotations = torch.stack(rotations, 1)
+        offsets = DH_POSITION.to(q).expand(len(q), 8, 3)
+        moved = rotations[:, :-1] @ offsets[:, 1:, :, None]
+        positions = torch.cat((offsets[:, :1], moved[..., 0]), 1).cumsum(1)
+        self.position, self.rotation = positions[:, 7], rotations[:, 7]
+        self.origins, self.rotations = positions[:, :7], rotations[:, :7]
 
     def point(self, offset: float) -> torch.Tensor:
         """(N, 3) position of the point `offset` m along the hand's z axis."""
@@ -86,21 +99,22 @@ class MassMatrix:
             centres.append(R.T @ (com - frame.xpos))
             inertias.append(R.T @ tensor @ R)
         tensor = lambda values: torch.tensor(np.array(values), dtype=torch.float32, device=device)  # noqa: E731
-        self.mass, self.centre, self.inertia = tensor(masses), tensor(centres), tensor(inertias)
+        self.centre = tensor(centres)
+        # M is a sum of m v v' and w I w'; with these roots it is one product of a matrix with its transpose.
+        self.root_mass, self.root_inertia = tensor(np.sqrt(masses)), tensor(np.linalg.cholesky(inertias))
         self.armature = torch.diag(tensor([model.joint(name).armature[0] for name in JOINTS]))
-        # moves[l, i]: link l moves with joint i.
-        self.moves = torch.tril(torch.ones(7, 7, device=device))[..., None]
+        # moved[i, l]: joint i moves link l.
+        self.moved = torch.triu(torch.ones(7, 7, device=device))[..., None]
 
     def __call__(self, frames: Frames) -> torch.Tensor:
         """(N, 7, 7) in kg m2, armature included."""
         R, z = frames.rotations, frames.rotations[..., 2]
         com = frames.origins + (R @ self.centre[..., None])[..., 0]
-        arm = com[:, :, None] - frames.origins[:, None]  # (N, link, joint, 3)
-        linear = torch.linalg.cross(z[:, None].expand_as(arm), arm) * self.moves
-        angular = (z[:, None] * self.moves) @ R  # (N, link, joint, 3) in the axes of the link
-        matrix = (linear @ linear.transpose(2, 3)) * self.mass[:, None, None]
-        matrix = matrix + angular @ self.inertia @ angular.transpose(2, 3)
-        return matrix.sum(1) + self.armature
+        arm = com[:, None] - frames.origins[:, :, None]  # (N, joint, link, 3)
+        linear = torch.linalg.cross(z[:, :, None].expand_as(arm), arm) * self.root_mass[:, None]
+        angular = z @ (R @ self.root_inertia).transpose(1, 2).flatten(2)  # (N, joint, 3 * link)
+        factor = (torch.cat((linear, angular.view_as(arm)), 3) * self.moved).flatten(2)
+        return factor @ factor.transpose(1, 2) + self.armature
 
 
 def inverse_kinematics(

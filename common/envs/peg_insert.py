@@ -111,6 +111,19 @@ def build_model(cfg: PegInsertConfig, visual: bool = False) -> mujoco.MjModel:
     return spec.compile()
 
 
+def _picture_model(cfg: PegInsertConfig) -> mujoco.MjModel:
+    """What small pictures need: round shapes with a third of the usual faces, and no arm where it is out of sight. A
+    CPU draws it five times as fast.
+    """
+    model = build_model(cfg, visual=True)
+    quality = model.vis.quality
+    quality.numslices, quality.numstacks, quality.numquads = 12, 6, 1
+    if cfg.camera == "wrist":
+        links = [model.body(f"link{i}").id for i in range(8)]
+        model.geom_group[np.isin(model.geom_bodyid, links)] = 5  # a group that is not drawn
+    return model
+
+
 def _observes(cfg: PegInsertConfig, modality: str) -> bool:
     return cfg.observation == "multimodal" and modality in cfg.modalities
 
@@ -194,9 +207,17 @@ class PegInsertEnv(VectorEnv):
         self.renderer = None
         if _observes(cfg, "rgb"):
             size = cfg.image_size
-            model, moving = build_model(cfg, visual=True), ("mocap_pos", "mocap_quat")
+            moving = ("mocap_pos", "mocap_quat")
             self.renderer = BatchedRenderer(
-                model, num_envs, cfg.camera, size, size, device, backend, physics_threads, per_world=moving
+                _picture_model(cfg),
+                num_envs,
+                cfg.camera,
+                size,
+                size,
+                device,
+                backend,
+                physics_threads,
+                per_world=moving,
             )
 
         spaces = {
