@@ -1,6 +1,6 @@
 """PPO teaches a Franka Panda to insert a peg into a hole by camera, touch and proprioception, in MuJoCo.
 
-    python ppo_multimodal_peginsert.py                                    # from Factory's state observation, on a laptop
+    python ppo_multimodal_peginsert.py                               # from Factory's state observation, on a laptop
     python ppo_multimodal_peginsert.py --observation multimodal --modalities tactile proprio
     python ppo_multimodal_peginsert.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 

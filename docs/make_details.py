@@ -100,7 +100,8 @@ _SPLIT_LSTM = "Actor and critic have an LSTM each; in the original they share on
 REASONS = {
     "ppo_go2_mujoco.py": {
         14: "The environment's part: episodes of random ages and postures ({common/envs/go2.py|detail 14}).",
-        15: "The environment's part: several physics steps per action ({common/envs/go2_config.py|substeps: int}); no pixels.",
+        15: "The environment's part: several physics steps per action ({common/envs/go2_config.py|substeps: int}), no "
+        "pixels.",
         16: "A robot has no lives: a fall ends the episode ({common/envs/go2_config.py|termination_degrees: float}).",
         17: _NO_BUTTON,
         18: _NO_IMAGES,
