@@ -16,7 +16,7 @@ place here; docs/details.md gives the reason for each.
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from functools import partial
 from itertools import pairwise
@@ -30,10 +30,10 @@ import torch.nn as nn
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs import isaac_eval
-from common.envs.isaac import check_task, make_env
+from common.envs.isaac import check_launcher_args, check_task, make_env
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.logger import Logger, make_run_dir
+from common.logger import Logger, drop_run_dir, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 from common.storage import FinalObs, in_chunks, put, take, zeros
@@ -444,6 +444,7 @@ def make(args: Args, num_envs: int, seed: int, **more):
     try:
         return make_env(args.env_id, num_envs, args.device, seed, **settings, **more)
     except ValueError as error:
+        drop_run_dir(args.log_dir)
         cli.fail(str(error))
 
 
@@ -732,8 +733,11 @@ def evaluate_checkpoint(args: Args):
 if __name__ == "__main__":
     launcher_flags = []
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset, unknown=launcher_flags)
-    if launcher_flags and is_gymnasium(args):
-        cli.parse_args(Args, PRESETS, default_preset=default_preset)  # names the nearest flag
+    if launcher_flags:
+        try:
+            check_launcher_args(args.env_id, launcher_flags, [field.name for field in fields(Args)])
+        except ValueError as error:
+            cli.fail(str(error))
     args.launcher_args = tuple(launcher_flags or args.launcher_args)
     if not args.ranks:
         # Ranks meet at every update, which costs about a millisecond: they pay where updates are far apart.

@@ -185,6 +185,13 @@ def make_run_dir(args, env_name: str) -> Path:
     return run_dir
 
 
+def drop_run_dir(run_dir: str | Path) -> None:
+    """Removes the folder of a run that could not begin, in which nothing but its settings was written."""
+    run_dir = Path(run_dir)
+    if os.environ.get("RANK", "0") == "0" and [path.name for path in run_dir.glob("*")] == ["args.yaml"]:
+        shutil.rmtree(run_dir)
+
+
 def write_args(run_dir: Path, args) -> None:
     """Write every setting of the dataclass `args` to `run_dir/args.yaml`, with commit, versions and hardware.
 
