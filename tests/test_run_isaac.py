@@ -73,6 +73,7 @@ def test_flags_of_the_launcher_belong_to_the_run(finished, tmp_path, monkeypatch
     checkpoint.save(tmp_path / "model_3.pt", state)
     began = []
     monkeypatch.setattr(isaac, "check_task", lambda env_id, physics: None)  # it may not be installed
+    monkeypatch.setattr(isaac, "check_launcher_args", lambda *args: None)
     monkeypatch.setattr(distributed, "launch", lambda main, args, ranks: began.append(args.launcher_args))
     run_dir = ["--log-dir", tmp_path / "run"]
     assert run(SCRIPT, "--env-id", "Isaac-Cartpole-Direct", "--viz", "newton", *run_dir) == 0
