@@ -1,0 +1,74 @@
+"""Peg insertion: how far the deterministic policy gets from each kind of observation, on fresh seeds.
+
+    python benchmark/peg_insert.py --variants state --seeds 1
+    python benchmark/peg_insert.py --variants all rgb tactile blind --seeds 1 2 3
+
+Every variant is trained with the script's own preset and evaluated at five difficulties. Flags this script does not know
+go to ppo_multimodal_peginsert.py. Results of variants and seeds that were not asked for stay in the file.
+"""
+
+import json
+import time
+from dataclasses import replace
+
+import tools
+
+import ppo_multimodal_peginsert as ppo
+from common import checkpoint
+from common.envs.peg_insert import PegInsertEnv
+from common.envs.peg_insert_eval import LEVELS, evaluate, plain
+
+MULTIMODAL = ["--observation", "multimodal", "--modalities"]
+VARIANTS = {
+    "state": [],
+    "all": [*MULTIMODAL, "rgb", "tactile", "proprio"],
+    "rgb": [*MULTIMODAL, "rgb", "proprio"],
+    "tactile": [*MULTIMODAL, "tactile", "proprio"],
+    "blind": [*MULTIMODAL, "proprio"],
+}
+CURVES = ("env/success", "env/difficulty", "charts/episodic_return", "charts/SPS")
+
+
+def measure(run_dir, episodes: int) -> dict:
+    """The final policy at every difficulty, and the curves of its training."""
+    state = checkpoint.load(run_dir / "checkpoints" / "final_model.pt", ppo.SCRIPT)
+    args = ppo.Args(**{name: v for name, v in state["args"].items() if name in ppo.Args.__dataclass_fields__})
+    envs = PegInsertEnv(1, "cpu", cfg=args)
+    agent = ppo.Agent(envs, args)
+    envs.close()
+    agent.load_state_dict(state["agent"])
+    levels = []
+    for level in LEVELS:
+        result = evaluate(agent, replace(plain(args), difficulty=level), "cpu", episodes, tools.EVAL_SEED)
+        levels.append(result)
+        low, high = result["success_ci95"]
+        print(f"  difficulty {level}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%})", flush=True)
+    scalars = tools.read_scalars(run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    kept = {name: summary[name] for name in ("global_step", "iterations", "wall_seconds", "SPS", "peak_memory_mb")}
+    return {"levels": levels, "summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
+
+
+def main():
+    parser = tools.parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["state"])
+    parser.add_argument("--episodes", type=int, default=256)
+    args, flags = parser.parse_known_args()
+    began, folder = time.time(), tools.new_folder(args, "peg_insert")
+    file = args.out / "peg_insert.json"
+    runs = json.loads(file.read_text())["figures"]["runs"] if file.exists() else {}
+    for variant in args.variants:
+        for seed in args.seeds:
+            run_dir = folder / f"{variant}_{seed}"
+            command = ["--seed", seed, "--log-dir", run_dir, *VARIANTS[variant], *flags]
+            print(f"{variant}, seed {seed}", flush=True)
+            log = run_dir.with_suffix(".log")
+            tools.finish(tools.start("ppo_multimodal_peginsert.py", command, log), log)
+            run = {"flags": [*VARIANTS[variant], *flags]} | measure(run_dir, args.episodes)
+            runs.setdefault(variant, {})[str(seed)] = run
+            tools.write(args, "peg_insert", args.seeds, None, began, {"runs": runs})
+
+
+if __name__ == "__main__":
+    main()
