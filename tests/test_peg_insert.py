@@ -564,6 +564,13 @@ def test_curriculum():
     radius = env.physics.fields["geom_size"][:, env._peg, 0]
     assert radius[0] > radius[2] + 2e-4 and radius[0] == radius[1]
     assert env.state_dict()["level"].tolist() == env.level.tolist()
+    put_peg(env, (0, 0, 0.0))
+    env.episode_length[:] = 59
+    env.physics.qpos[0, 9] += 0.01  # and now the first one
+    env.physics.step = lambda n: None
+    env.step(torch.zeros(3, 6))
+    env.physics.step = step
+    assert env.level[0] == pytest.approx(0.1) and env.level[1] == 0.5  # a failure costs two steps
 
 
 def test_grip_survives_rough_handling():

@@ -163,7 +163,7 @@ LATER_MISTAKES = [  # told by the environment or the policy once they are made
     ("--env-id Grid-v0", "--env-id Grid-v0", "(2, 3)"),
     ("--env-id Pictures-v0", "--env-id Pictures-v0", "images"),
     ("--env-id Isaac-Cartpole-Direct --num-envs 4", "--env-id Isaac-Cartpole-Direct", "Isaac Lab", "install it"),
-    ("--env-id Mjlab-Cartpole-Balance --num-envs 4", "--env-id Mjlab-Cartpole-Balance", "pip install -r requirements-mjlab.txt"),
+    ("--env-id Mjlab-Cartpole-Balance --num-envs 4", "Mjlab-Cartpole-Balance", "pip install -r requirements-mjlab.txt"),
     ("--resume {run} --env-id Acrobot-v1", "--resume", "another task"),
     ("--resume {run} --hidden 32", "--resume", "networks"),
     ("--resume {run} --lstm --num-minibatches 1", "--resume", "networks"),

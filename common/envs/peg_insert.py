@@ -82,8 +82,8 @@ class PegInsertConfig:
     """0: 2 mm clearance, no randomisation; 1: Factory's 0.114 mm and randomisation"""
     curriculum: bool = False
     """every environment's difficulty starts at 0, rises with its successes and falls with its failures"""
-    curriculum_step: float = 0.02
-    """change of an environment's difficulty after an episode"""
+    curriculum_step: float = 0.03
+    """by which a success raises an environment's difficulty; a failure lowers it by twice as much"""
     max_episode_steps: int = 150
     """time limit of an episode (control steps of 1/15 s)"""
 
@@ -303,7 +303,8 @@ class PegInsertEnv(VectorEnv):
         # Asking whether any episode ended saves the CPU this work; on a GPU the question would stall the queue.
         if self.device.type == "cuda" or bool(done.any()):
             if self.cfg.curriculum:
-                change = self.cfg.curriculum_step * (2 * success - 1)
+                # At rest where two of three episodes succeed.
+                change = self.cfg.curriculum_step * (3 * success - 2)
                 level = (self.level + change).clamp(0.0, self.cfg.difficulty)
                 # An episode that began late in its time says nothing about the level.
                 self.level = torch.where(done & (self.phase == 0), level, self.level)
