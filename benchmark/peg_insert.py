@@ -3,8 +3,8 @@
     python benchmark/peg_insert.py --variants state --seeds 1
     python benchmark/peg_insert.py --variants all rgb tactile blind --seeds 1 2 3
 
-Every variant is trained with the script's own preset and evaluated at five difficulties. Flags that this script does not
-know go to ppo_multimodal_peginsert.py. Results of variants and seeds that were not asked for stay in the file.
+Every variant is trained with the script's own preset and evaluated at five difficulties. Unknown flags go to
+ppo_multimodal_peginsert.py. Results of variants and seeds that were not asked for stay in the file.
 """
 
 import json
