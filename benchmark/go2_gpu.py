@@ -44,16 +44,16 @@ def measure_rollout(args: ppo.Args, device: str, num_steps: int, repeats: int, w
     next_obs, _ = env.reset(seed=1, options={"random_phase": True})
     actions = 0.3 * torch.randn(16, args.num_envs, 12, device=device)
     alone = rate(lambda i: env.step(actions[i % 16]), args.num_envs, num_steps, repeats, wait)
-    agent = ppo.Agent(next_obs.shape[1], 12, args).to(device)
+    agent = ppo.Agent(env, args).to(device)
 
     def policy(obs):
-        return agent.get_action_and_value(agent.normalise(obs))
+        return agent.sample(agent.get_dist(agent.normalise(obs)))
 
     policy = CudaGraph(policy) if args.cuda_graphs else policy
 
     def step(i):
         nonlocal next_obs
-        next_obs = env.step(policy(next_obs)[0])[0]
+        next_obs = env.step(policy(next_obs))[0]
 
     return {"env": alone, "env_and_policy": rate(step, args.num_envs, num_steps, repeats, wait)}
 

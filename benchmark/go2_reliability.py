@@ -33,6 +33,7 @@ from common import checkpoint
 from common.envs.go2 import Go2Env
 
 SCRIPT, NUM_ENVS, NUM_STEPS, INTERVAL = "ppo_go2_mujoco.py", 64, 24, 2
+BATCH = NUM_ENVS * NUM_STEPS  # steps of an iteration
 SMALL = ["--preset", "laptop", "--num-envs", NUM_ENVS, "--num-steps", NUM_STEPS, "--no-save-video"]
 WILD = "--randomise --friction-range 0.1 2 --mass-range 0.5 1.5 --payload-range -3 6 --strength-range 0.5 1.5"
 WILD += " --gain-range 0.5 1.5 --latency-range 0 2 --push-interval 2 --push-velocity 2 --observation-noise 3"
@@ -56,16 +57,16 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def iterations_logged(log: Path) -> list[int]:
+def iterations_logged(log: Path, batch: int) -> list[int]:
     """The iterations that a run with --log-interval 1 says it has finished."""
     steps = re.findall(r"step ([\d,]+)\n", log.read_text())
-    return [int(step.replace(",", "")) // (NUM_ENVS * NUM_STEPS) for step in steps]
+    return [int(step.replace(",", "")) // batch for step in steps]
 
 
-def start_and_kill(flags: list, log: Path, kind: str, wait: float):
+def start_and_kill(script: str, flags: list, batch: int, log: Path, kind: str, wait: float):
     """Starts training, and kills it `wait` seconds after its first iteration. Returns the processes left behind."""
-    process = tools.start(SCRIPT, flags, log, start_new_session=True)
-    while not iterations_logged(log):
+    process = tools.start(script, flags, log, start_new_session=True)
+    while not iterations_logged(log, batch):
         if process.poll() is not None:
             raise SystemExit(f"training ended by itself:\n{log.read_text()[-2000:]}")
         time.sleep(0.02)
@@ -81,17 +82,21 @@ def start_and_kill(flags: list, log: Path, kind: str, wait: float):
     return left
 
 
-def kill_and_resume(folder: Path, kills: int, longest_wait: float, seed: int, flags: list) -> tuple[dict, list[str]]:
+def kill_and_resume(
+    folder: Path, kills: int, longest_wait: float, seed: int, flags: list, script: str = SCRIPT, batch: int = BATCH
+) -> tuple[dict, list[str]]:
+    """flags: of a run with two ranks, whose iterations take `batch` steps."""
     run_dir, rng, trials, failures = folder / "killed", random.Random(seed), [], []
-    first_flags = [*SMALL, "--log-dir", run_dir, "--log-interval", 1, "--checkpoint-interval", INTERVAL]
-    first_flags += ["--num-iterations", 1_000_000, *flags]
+    first_flags = [*flags, "--log-dir", run_dir, "--log-interval", 1, "--checkpoint-interval", INTERVAL]
+    first_flags += ["--num-iterations", 1_000_000, "--ranks", 2]
     newest = 0  # iteration of the newest checkpoint
     for trial in range(kills):
         kind, log = ("process group", "rank 0")[trial % 2], folder / f"killed_{trial}.log"
         wait = rng.uniform(0, longest_wait)
         before = newest
-        left = start_and_kill(["--resume", run_dir] if newest else first_flags, log, kind, wait)
-        logged, saved, unreadable = iterations_logged(log), tools.checkpoints(run_dir), []
+        again = ["--resume", run_dir, "--ranks", 2]
+        left = start_and_kill(script, again if newest else first_flags, batch, log, kind, wait)
+        logged, saved, unreadable = iterations_logged(log, batch), tools.checkpoints(run_dir), []
         for _, path in saved:
             try:
                 torch.load(path, map_location="cpu", weights_only=True)
@@ -101,7 +106,7 @@ def kill_and_resume(folder: Path, kills: int, longest_wait: float, seed: int, fl
         row = {"killed": kind, "seconds_after_first_iteration": wait, "resumed_from": before, "first": logged[0]}
         row |= {"last": logged[-1], "newest_checkpoint": newest, "iterations_lost": max(0, logged[-1] - newest)}
         row |= {"unreadable": unreadable, "processes_left": len(left)}
-        row |= {"unfinished_files": len(list((run_dir / "checkpoints").glob(".*.tmp")))}
+        row |= {"unfinished_files": len(list((run_dir / "checkpoints").glob(".*")))}
         trials.append(row)
         wrong = {
             "an unreadable checkpoint": bool(unreadable),
@@ -114,7 +119,7 @@ def kill_and_resume(folder: Path, kills: int, longest_wait: float, seed: int, fl
         for _, path in saved[:-2]:
             path.unlink()
     log = folder / "killed_end.log"
-    tools.finish(tools.start(SCRIPT, ["--resume", run_dir, "--num-iterations", newest + 4], log), log)
+    tools.finish(tools.start(script, ["--resume", run_dir, "--num-iterations", newest + 4], log), log)
     if not (run_dir / "checkpoints" / "final_model.pt").is_file():
         failures.append("the run that was killed did not end")
     lost = tools.spread(row["iterations_lost"] for row in trials)
@@ -260,8 +265,9 @@ def main():
     parser.add_argument("--unstable-minutes", type=float, default=2.0, help="of training on unstable physics")
     args, flags = parser.parse_known_args()
     began, folder, failures = time.time(), tools.new_folder(args, "go2_reliability"), []
+    small = [*SMALL, *flags]
     parts = {
-        "killed_and_resumed": lambda: kill_and_resume(folder, args.kills, args.longest_wait, args.seed, flags),
+        "killed_and_resumed": lambda: kill_and_resume(folder, args.kills, args.longest_wait, args.seed, small),
         "resumed_bit_for_bit": lambda: resume_exactly(folder, args.iterations),
         "randomised_and_spoilt": lambda: train_hostile(folder, "wild", args.minutes, 1e-4, [*WILD.split(), *flags]),
         "unstable": lambda: train_hostile(folder, "unstable", args.unstable_minutes, 0.0, [*UNSTABLE.split(), *flags]),

@@ -23,7 +23,7 @@ import tools
 import torch
 
 from common.envs.go2_eval import evaluate
-from common.logger import wilson_ci95
+from common.stats import wilson_ci95
 
 TRAINING = ["--observation", "proprioceptive", "--history", 5, "--randomise", "--num-iterations", 800]
 PHYSICS = {

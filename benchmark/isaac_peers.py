@@ -124,7 +124,8 @@ def train_rsl_rl(args) -> float:
 
     torch.manual_seed(args.seed)
     settings = {"hidden": HIDDEN, "num_steps": args.num_steps, "num_minibatches": MINIBATCHES, "update_epochs": EPOCHS}
-    config = runner_config(ppo.Args(**settings, learning_rate=LEARNING_RATE, clip_vloss=True, init_std=1.0))
+    settings |= {"learning_rate": LEARNING_RATE, "clip_vloss": True, "init_std": 1.0}
+    config = runner_config(ppo.Args(**ppo.PRESETS["mujoco"] | settings))
     runner = runners.OnPolicyRunner(Adapter(), config, log_dir=None, device="cpu")
     runner.learn(args.warm_up)
     began = time.perf_counter()

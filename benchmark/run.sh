@@ -11,6 +11,7 @@ $PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 35 min: 3
 # One discount, one desired KL and a free standard deviation on both sides.
 $PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3 --final-gamma 0.97 --final-kl 0.02 --final-std 0 --min-std 0.01 # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
+$PY benchmark/isaac_reliability.py --kills 20                       # 4 min
 $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the

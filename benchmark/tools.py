@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import ppo_go2_mujoco as ppo
 from common import checkpoint
-from common.envs.go2 import Go2Config
+from common.envs.go2 import Go2Config, Go2Env
 from common.envs.go2_eval import evaluate
 from common.files import write_json
 from common.provenance import ROOT, run_info
@@ -81,8 +81,7 @@ def load_policy(path: Path) -> tuple[torch.nn.Module, ppo.Args, dict]:
     """(deterministic policy, the settings of its run, the whole checkpoint)."""
     state = checkpoint.load(path, ppo.SCRIPT, "cpu")
     args = ppo.Args(**{k: v for k, v in state["args"].items() if k in ppo.Args.__dataclass_fields__})
-    obs_dim = state["agent"]["critic.0.weight"].shape[1]
-    agent = ppo.Agent(obs_dim, len(state["agent"]["actor_logstd"]), args)
+    agent = ppo.Agent(Go2Env(1, cfg=args, physics_threads=1), args)
     agent.load_state_dict(state["agent"])
     return agent, args, state
 

@@ -139,6 +139,9 @@ class Run:
                 load_agent(part, state, "--resume")
             else:
                 part.load_state_dict(state[name])
+        if self.rank == 0:
+            for unfinished in (self.dir / "checkpoints").glob(".model_*.pt"):  # of a process that was killed
+                unfinished.unlink()
         self.iteration, self.global_step = state["iteration"], state["global_step"]
         self.elapsed, saved = state["elapsed"], state["args"]
         names = [n for n in ("num_envs", *settings) if n in saved and saved[n] != getattr(self.args, n)]
@@ -272,11 +275,12 @@ def export_onnx(
 ) -> None:
     """Write `module` as ONNX with a free batch size: by default a map from "obs" (batch, n) to "actions" (batch, m).
 
-    A dict of observations becomes inputs of its keys' names. With more inputs and outputs, those whose names end in
-    "state" have their batch in dimension 1, as an LSTM's.
+    A dict of observations becomes inputs of its keys' names. Of several `inputs` and `outputs`, those whose names end
+    in "state" have their batch in dimension 1, as an LSTM's.
     The module is left as it was, in its mode and on its device.
     """
     module = copy.deepcopy(module).cpu().eval()
+    has_memory = isinstance(example, tuple)
     if isinstance(example, dict):
         inputs = tuple(example)
         example = tuple(example.values())
@@ -290,6 +294,6 @@ def export_onnx(
             str(temporary),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_axes={name: {int(name.endswith("state")): "batch"} for name in (*inputs, *outputs)},
+            dynamic_axes={name: {int(has_memory and name.endswith("state")): "batch"} for name in (*inputs, *outputs)},
             dynamo=False,
         )

@@ -24,8 +24,9 @@ def run_main(script, restored, monkeypatch, tmp_path):
     stand_in(script, monkeypatch.setattr)
     runs = []
 
-    def run(actions="box", **settings):
+    def run(actions="box", space=ScriptedEnv.single_observation_space, **settings):
         monkeypatch.setattr(ScriptedEnv, "single_action_space", ACTIONS[actions])
+        monkeypatch.setattr(ScriptedEnv, "single_observation_space", space)
         runs.append(tmp_path / f"run{len(runs)}")
         args = script.args(**{"log_dir": str(runs[-1])} | settings)
         script.ppo.main(args)

@@ -5,6 +5,7 @@ A new script joins the tests of test_ppo_scripts.py and test_run_scripts.py by a
 
 import contextlib
 import importlib
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common import checkpoint, distributed
 from common.logger import to_numbers
 
 ROOT = Path(__file__).parent.parent
+PIXELS = Dict({"rgb": Box(0, 255, (36, 36, 3), np.uint8), "proprio": Box(-np.inf, np.inf, (5,))})
 ACTIONS = {"box": Box(-1, 1, (3,)), "discrete": Discrete(4), "multi": MultiDiscrete([2, 3, 4])}
 
 
@@ -110,6 +113,25 @@ def rows_of_this_rank(draw, seed, n, *shape):
     return everyone[rank * n : rank * n + n]
 
 
+def shown(vectors, space):
+    """Observations of `space` that tell the vectors (N, 5) apart: those themselves, or repeated to its shape."""
+    if isinstance(space, Dict):
+        return {name: shown(vectors, part) for name, part in space.items()}
+    size = math.prod(space.shape)
+    values = vectors.repeat(1, math.ceil(size / 5))[:, :size].view(-1, *space.shape)
+    return (128 + 30 * values).clamp(0, 255).byte() if space.dtype == np.uint8 else values
+
+
+def rows(obs, dims):
+    """All there is in each observation as one vector: (first `dims` dimensions, n)."""
+    return torch.cat([part.flatten(dims).float() for part in tree_leaves(obs)], -1)
+
+
+def where(mask, a, b):
+    """torch.where by row, in every tensor of a dict."""
+    return tree_map(lambda x, y: torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), x, y), a, b)
+
+
 class ScriptedEnv:
     """Robots whose episodes end when ENDS says so: {(step within the rollout, robot over all ranks): how}. What they
     observe depends on time and robot alone, the reward on the action too. Everything is kept.
@@ -130,10 +152,13 @@ class ScriptedEnv:
     def _draw(self, what, *shape):
         return 1 + 2 * rows_of_this_rank(torch.randn, 10 * self.clock + what, self.num_envs, *shape)
 
+    def _observe(self, what):
+        return shown(self._draw(what, 5), self.single_observation_space)
+
     def reset(self, seed=None, options=None):
         ScriptedEnv.resets.append(options)
         ScriptedEnv.seeds.append(seed)
-        self.obs = self._draw(0, 5)
+        self.obs = self._observe(0)
         return self.obs, {}
 
     def step(self, actions):
@@ -144,9 +169,10 @@ class ScriptedEnv:
         reward = self._draw(1) + 0.3 * actions.float().reshape(self.num_envs, -1).mean(1)
         if self.outlier and self.clock == self.outlier:
             reward[2] = 1000.0
-        done, next_obs = terminated | truncated, self._draw(0, 5)
+        done, next_obs = terminated | truncated, self._observe(0)
         # Nothing is promised about the rows of final_obs where no episode has ended.
-        final_obs = torch.where(done[:, None], self._draw(2, 5), 1e6)
+        nothing = tree_map(lambda x: torch.full_like(x, 255 if x.dtype == torch.uint8 else 1e6), next_obs)
+        final_obs = where(done, self._observe(2), nothing)
         kept = dict(obs=self.obs, actions=actions.clone(), reward=reward.clone(), final_obs=final_obs)
         ScriptedEnv.kept.append(kept | dict(next_obs=next_obs, terminated=terminated, truncated=truncated))
         self.obs, self.returns, self.lengths = next_obs, self.returns + reward, self.lengths + 1
@@ -171,16 +197,18 @@ class ScriptedEnv:
 def kept(first=0, last=None):
     """What ScriptedEnv kept of the steps `first` to `last`, stacked: {name: (steps, num_envs, ...)}."""
     steps = ScriptedEnv.kept[first:last]
-    found = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    found = tree_map(lambda *values: torch.stack(values), *steps)
     found["done"] = found["terminated"] | found["truncated"]
     return found
 
 
 def unshuffled(minibatches, observations):
-    """The samples of one epoch's minibatches in the order of `observations` (T, N, dim): {name: (T * N, ...)}."""
-    names = ("obs", "actions", "logprobs", "advantages", "returns", "values")
-    samples = {n: torch.cat([getattr(m, n).flatten(0, m.obs.dim() - 2) for m in minibatches]) for n in names}
-    match = (observations.flatten(0, 1)[:, None] == samples["obs"]).all(2)
+    """The samples of one epoch's minibatches in the order of `observations` (T, N, ...): {name: (T * N, ...)}."""
+    dims = minibatches[0].values.dim()  # of an LSTM's sequences two
+    names = ("actions", "logprobs", "advantages", "returns", "values")
+    samples = {name: torch.cat([getattr(m, name).flatten(0, dims - 1) for m in minibatches]) for name in names}
+    samples["obs"] = torch.cat([rows(m.obs, dims).flatten(0, dims - 1) for m in minibatches])
+    match = (rows(observations, 2).flatten(0, 1)[:, None] == samples["obs"]).all(2)
     assert (match.sum(0) == 1).all() and (match.sum(1) == 1).all()  # every sample once
     order = match.float().argmax(1)
     return {name: tensor[order] for name, tensor in samples.items()}
@@ -323,6 +351,7 @@ SCRIPTS = {
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
             | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
             environment={"PegInsertEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            variants={"box": {}, "pixels": {"observation": "multimodal", "embedding": 16, "space": PIXELS}},
             normalised={"norm_reward": True},
             statistics="stats",
             sources=("common/*.py", "common/envs/peg_insert*.py"),

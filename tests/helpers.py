@@ -32,7 +32,7 @@ def run(script: Script, *argv) -> int:
 
 
 def start(script: Script, *argv, program=(), cwd=ROOT, environment=None) -> subprocess.Popen:
-    """A run in a process group of its own."""
+    """A run in a process group of its own, which Ctrl-C reaches even if the tests were started in the background."""
     return subprocess.Popen(
         [str(word) for word in (sys.executable, *program, script.path, *argv)],
         cwd=cwd,
@@ -41,6 +41,7 @@ def start(script: Script, *argv, program=(), cwd=ROOT, environment=None) -> subp
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, readable without pickle, and one sentence for what cannot be loaded."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -9,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from full_disk import fill, small_disk
 
 from common import checkpoint
+from common.files import tolerant
 from common.flat_adam import FlatAdam
 
 
@@ -186,6 +189,67 @@ def test_export_onnx_of_a_policy_with_a_state(tmp_path):
             actions, memory = session.run(None, {"obs": obs.numpy(), "state": memory})
             np.testing.assert_allclose(actions, expected, atol=1e-5)
             np.testing.assert_allclose(memory, state, atol=1e-5)
+
+
+def test_export_onnx_of_a_policy_that_sees_and_feels(tmp_path, capfd):
+    """A dict of observations: one input for each entry, in any batch size, pixels as they are."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eye, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4 * 36 + 5, 2)
+
+        def forward(self, obs):
+            picture = self.eye(obs["rgb"].permute(0, 3, 1, 2).float() / 255).flatten(1)
+            return self.head(torch.cat((picture, obs["state"]), 1))
+
+    def draw(n):
+        return {"rgb": torch.randint(256, (n, 8, 8, 3), dtype=torch.uint8), "state": torch.randn(n, 5)}
+
+    policy, path = Policy().train(), tmp_path / "policy.onnx"
+    checkpoint.export_onnx(policy, draw(1), path)
+    assert policy.training and [p.name for p in tmp_path.iterdir()] == ["policy.onnx"]
+    assert capfd.readouterr() == ("", "")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs() + session.get_outputs()] == ["rgb", "state", "actions"]
+    assert [i.type for i in session.get_inputs()] == ["tensor(uint8)", "tensor(float)"]
+    for batch in (1, 7):
+        obs = draw(batch)
+        (actions,) = session.run(None, {name: value.numpy() for name, value in obs.items()})
+        with torch.no_grad():
+            np.testing.assert_allclose(actions, policy(obs), atol=1e-5)
+
+
+@dataclasses.dataclass
+class Args:
+    log_dir: str
+    resume: str = ""
+
+
+def test_on_a_full_disk_the_next_checkpoint_tries_again(tmp_path, capsys):
+    agent = torch.nn.Linear(300, 300)  # .36 MB
+    with small_disk(tmp_path / "disk", 1) as disk:
+        run = checkpoint.Run("a.py", Args(str(disk)), {"agent": agent})
+        run.save({}, "model_1.pt")
+        filler = fill(disk)
+        run.save({}, "model_2.pt")
+        with tolerant("policy.onnx", disk):
+            checkpoint.export_onnx(agent, torch.zeros(1, 300), disk / "policy.onnx")
+        run.keep_best(1.0, "model_1.pt")
+        warnings = capsys.readouterr().err.splitlines()
+        where = f"cannot be written in {disk / 'checkpoints'} (No space left on device)"
+        assert warnings[0] == f"warning: model_2.pt {where}; the newest whole checkpoint is model_1.pt"
+        assert warnings[1].startswith("warning: policy.onnx cannot be written in ")
+        assert warnings[2] == f"warning: best_model.pt {where}; the newest whole checkpoint is model_1.pt"
+        assert [p.name for p in (disk / "checkpoints").iterdir()] == ["model_1.pt"]
+        with pytest.raises(SystemExit) as end:
+            run.save({}, "final_model.pt")
+        err = capsys.readouterr().err.splitlines()
+        assert end.value.code == 1 and len(err) == 2 and err[1].startswith("error: the final model is not saved")
+        filler.unlink()
+        run.save({}, "model_3.pt")
+        assert checkpoint.latest(disk).name == "model_3.pt" and capsys.readouterr().err == ""
 
 
 def test_the_optimizer_of_an_older_version_costs_one_sentence(capsys):

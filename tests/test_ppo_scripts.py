@@ -26,15 +26,18 @@ from harness import (
     shaken,
     stand_in,
     unshuffled,
+    where,
 )
 from helpers import undocumented
 from torch.distributions import Normal, kl_divergence
 
 from common import checkpoint, distributed
 from common.logger import to_numbers
+from common.storage import flatten
 
 PPO = [name for name in SCRIPTS if name.startswith("ppo_")]
 VARIANTS = [(name, variant) for name in PPO for variant in SCRIPTS[name].variants]
+WITHOUT_MEMORY = [pair for pair in VARIANTS if pair[1] in ("box", "pixels")]
 COMPILED = [(name, variant) for name in PPO for variant in SCRIPTS[name].compiles]
 
 
@@ -284,20 +287,21 @@ def test_gae_is_the_sum_of_its_definition(script, gamma, gae_lambda):
 
 
 @pytest.mark.parametrize("norm_obs", [False, True])
+@for_variants(WITHOUT_MEMORY)
 def test_time_limits_are_bootstrapped_with_the_value_of_the_true_last_observation(
-    script, run_main, minibatches, norm_obs
+    script, variant, run_main, minibatches, norm_obs
 ):
-    run_main(norm_obs=norm_obs, norm_adv=False, gamma=0.9, gae_lambda=0.8)
+    run_main(**script.variants[variant], norm_obs=norm_obs, norm_adv=False, gamma=0.9, gae_lambda=0.8)
     assert len(minibatches) == 2 and len(ScriptedEnv.kept) == 16
     for iteration, minibatch in enumerate(minibatches):
         steps = kept(8 * iteration, 8 * iteration + 8)
         agent = minibatch.agent  # as it was during the rollout
         # Where no episode ended, the last observation is the next one.
-        following = torch.where(steps["done"][..., None], steps["final_obs"], steps["next_obs"])
+        following = where(steps["done"], steps["final_obs"], steps["next_obs"])
         with torch.no_grad():
             observations = agent.normalise(steps["obs"])
-            values = first(agent.get_value(observations))
-            next_values = first(agent.get_value(agent.normalise(following)))
+            values = first(agent.get_value(flatten(observations))).view(8, 6)
+            next_values = first(agent.get_value(flatten(agent.normalise(following)))).view(8, 6)
         assert steps["terminated"].any() and steps["truncated"].sum() == 5
         assert next_values[steps["truncated"]].abs().min() > 1e-3  # so that forgetting one shows
         next_values = torch.where(steps["terminated"], 0.0, next_values)

@@ -270,8 +270,9 @@ def test_killed_again_and_again_a_run_loses_at_most_one_interval(script, tmp_pat
         found = checkpoint.latest(tmp_path)
         assert int(found.stem.removeprefix("model_")) >= seen > before
         assert checkpoint.load(found, script.name)["iteration"] >= seen
+    (tmp_path / "checkpoints" / ".model_7.123.pt").write_bytes(b"half")  # as a kill while it is written leaves it
     finish(start(script, "--resume", tmp_path, "--num-iterations", newest(tmp_path) + 2, "--ranks", 2))
-    assert (tmp_path / "summary.json").exists()
+    assert (tmp_path / "summary.json").exists() and not list((tmp_path / "checkpoints").glob(".*"))
 
 
 # --- a full disk
