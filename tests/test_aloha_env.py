@@ -113,8 +113,7 @@ from common.envs.aloha import AlohaEnv
 for task in ("insertion", "transfer_cube"):
     env = AlohaEnv(2, env_backend="gym-aloha", task=task, image_height=480, image_width=640, crop=(0, 0, 1, 1))
     env.reset(seed=1)
-    for _ in range(3):
-        obs = env.step(torch.randn(2, 14))[0]
+    obs = env.step(torch.randn(2, 14))[0]
     theirs = torch.stack([torch.from_numpy(e.render().copy()) for e in env.package.envs])
     assert torch.equal(obs["pixels"], theirs), (obs["pixels"].float() - theirs).abs().mean()
     assert theirs.float().std() > 10
@@ -141,6 +140,22 @@ def test_fast_pictures_are_close(make, task):
         assert torch.allclose(*(s.sum((1, 2)).float() for s in seen), rtol=0.2)
         middles = [torch.stack([s[i].nonzero().float().mean(0) for i in range(3)]) for s in seen]
         assert (middles[0] - middles[1]).abs().max() < 0.6  # pixels
+
+
+@needs_gl
+def test_warp(make):
+    """The same movements, levels and places in the picture. Of the light, only how bright it is."""
+    config = {"obs_type": "pixels", "image_height": 42, "image_width": 42}
+    engines = [make(backend=backend, **config) for backend in ("mujoco", "warp")]
+    for action in actions(4, 2):
+        (a, paid, *_), (b, traced_paid, *_) = (env.step(action) for env in engines)
+    torch.testing.assert_close(engines[1].physics.qpos.double(), engines[0].physics.qpos, atol=1e-3, rtol=0)
+    torch.testing.assert_close(paid, traced_paid, atol=1e-3, rtol=0)
+    for colour in (0, 2):
+        rest = [c for c in range(3) if c != colour]
+        seen = [p[..., colour].int() > p[..., rest].int().amax(-1) + 60 for p in (a, b)]
+        assert seen[0].sum() > 20 and (seen[0] != seen[1]).sum() <= 6
+    assert (a.float() - b.float()).abs().mean() < 20  # of 255
 
 
 # --- observations
@@ -513,6 +528,10 @@ def test_registration():
     [
         ({"task": "hang"}, "--task takes one of insertion, transfer_cube, got 'hang'"),
         ({"env_backend": "slow"}, "--env-backend takes one of fast, gym-aloha"),
+        (
+            {"env_backend": "gym-aloha", "device": "cuda"},
+            "--env-backend gym-aloha runs on the CPU, got --backend auto --d",
+        ),
         ({"image_height": 0}, "--image-height takes 1 or more, got 0"),
         ({"crop": (0.5, 0, 0.4, 1)}, "--crop takes left, top, right and bottom within 0 and 1"),
         ({"joint_step": 0}, "--joint-step takes a number above 0"),

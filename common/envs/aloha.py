@@ -184,6 +184,8 @@ class AlohaEnv(VectorEnv):
             raise ValueError(f"AlohaEnv has no setting {', '.join(sorted(unknown))}")
         self.cfg = cfg = AlohaConfig(**config)
         _check(cfg, num_envs)
+        if cfg.env_backend == "gym-aloha" and (cfg.backend == "warp" or str(device) != "cpu"):
+            raise ValueError(f"--env-backend gym-aloha runs on the CPU, got --backend {cfg.backend} --device {device}")
         self.num_envs = num_envs
         self.model = build_model(cfg.task)
         engine = "mujoco" if cfg.env_backend == "gym-aloha" else cfg.backend
