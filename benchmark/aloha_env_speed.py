@@ -4,12 +4,14 @@
 
 Speed: environment steps per second, segment by segment in turn with the package in a process of its own, which draws
 three pictures of 480 x 640 whatever it is asked for. Ours with random delta actions and episodes of all ages, on all
-cores. Equality: the largest difference of positions, velocities and the solver's start, and steps whose reward or end
-differs, over 8 worlds and 300 steps of the expert and of random actions. Expert: successes in the package, calm and
-disturbed: pushes of objects (a horizontal velocity of .3 m/s standard deviation in 2% of the steps), noise on every
-action (.3 of its range), and wild actions for 15 steps (begun in 1% of the steps).
+cores. Beside it the milliseconds of processor time per step, which other work on the machine changes less. Equality:
+the largest difference of positions, velocities and the solver's start, and steps whose reward or end differs, over 8
+worlds and 300 steps of the expert and of random actions. Expert: successes in the package, calm and disturbed: pushes
+of objects (a horizontal velocity of .3 m/s standard deviation in 2% of the steps), noise on every action (.3 of its
+range), and wild actions for 15 steps (begun in 1% of the steps).
 """
 
+import os
 import time
 
 import tools
@@ -34,25 +36,25 @@ DISTURBED = {"calm": {}, "pushes": {"push": 0.3}, "noise": {"noise": 0.3}, "wild
 
 
 def package(pipe):
-    """Answers a number of steps with the package's steps per second."""
+    """Answers a number of steps with the package's steps per second, and milliseconds of processor time per step."""
     import gym_aloha  # noqa: F401
     import gymnasium as gym
 
     env = gym.make("gym_aloha/AlohaInsertion-v0", obs_type="pixels_agent_pos")
     obs, _ = env.reset(seed=0)
     while steps := pipe.recv():
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
             obs, *_ = env.step(obs["agent_pos"])
-        pipe.send(steps / (time.perf_counter() - began))
+        pipe.send((steps / (time.perf_counter() - began), 1e3 * (time.process_time() - used) / steps))
 
 
-def time_env(env: AlohaEnv, seconds: float) -> float:
-    steps, began = 0, time.perf_counter()
+def time_env(env: AlohaEnv, seconds: float) -> tuple[float, float]:
+    steps, began, used = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
         env.step(torch.randn(env.num_envs, 14))
         steps += env.num_envs
-    return steps / (time.perf_counter() - began)
+    return steps / (time.perf_counter() - began), 1e3 * (time.process_time() - used) / steps
 
 
 def speed(num_envs: int, rounds: int) -> dict:
@@ -75,9 +77,12 @@ def speed(num_envs: int, rounds: int) -> dict:
     peer.join(10)
     for env in envs.values():
         env.close()
-    result = {name: tools.spread(values[1:]) for name, values in rates.items()}
-    for name, values in result.items():
-        print(f"{name:32s} {values['median']:9,.1f} steps/s", flush=True)
+    result = {}
+    for name, values in rates.items():
+        wall, processor = zip(*values[1:], strict=True)
+        result[name] = {"steps_per_second": tools.spread(wall), "processor_ms_per_step": tools.spread(processor)}
+        rate, cost = (figure["median"] for figure in result[name].values())
+        print(f"{name:32s} {rate:9,.1f} steps/s {cost:8.2f} ms", flush=True)
     return result
 
 
@@ -179,10 +184,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=200, help="episodes of the expert per task and disturbance")
     args = parser.parse_args()
-    began = time.time()
+    began, load = time.time(), os.getloadavg()[0]  # of the minute before
     rates = speed(args.num_envs, args.rounds)
-    figures = {"steps_per_second": rates, "goal": 1500}
-    figures["ratio"] = rates["84 x 84"]["median"] / rates["gym-aloha"]["median"]
+    figures = {"speed": rates, "goal": 1500, "load_average": load}
+    ours, theirs = (rates[name]["steps_per_second"]["median"] for name in ("84 x 84", "gym-aloha"))
+    figures["ratio"] = ours / theirs
     figures["equality"] = {task: equality(task) for task in ("insertion", "transfer_cube")}
     figures["pictures"] = pictures()
     figures["expert"] = {
