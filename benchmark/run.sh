@@ -7,13 +7,16 @@ cd "$(dirname "$0")/.."
 PY="${PYTHON:-.venv/bin/python}"
 
 $PY benchmark/go2_env_speed.py                                       # 12 min
-$PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 35 min: 3 trainings, 180 evaluations
+$PY benchmark/go2_time_to_walk.py --seeds 1 2 3                      # 44 min: 3 trainings, 180 evaluations
 # One discount, one desired KL and a free standard deviation on both sides.
 $PY benchmark/go2_vs_rsl_rl.py --seeds 1 2 3 --final-gamma 0.97 --final-kl 0.02 --final-std 0 --min-std 0.01 # 45 min
 $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
 $PY benchmark/isaac_reliability.py --kills 20                       # 4 min
 $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
+$PY benchmark/peg_env_speed.py
+$PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
+$PY benchmark/aloha_env_speed.py                                     # 18 min on a busy machine
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
 $PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min
