@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, distributed
+from common import agents, checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs.peg_insert import ENV_SETTINGS, PegInsertConfig, PegInsertEnv
 from common.envs.peg_insert_eval import evaluate, record_video, report
@@ -45,6 +45,8 @@ class Args(cli.RunArgs, PegInsertConfig):
     """group of defaults; auto: gpu on a GPU, multimodal with --observation multimodal, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
     curriculum: bool = True  # every environment's difficulty rises with its successes, from 0 to --difficulty
+    env_id: str = "PegInsert-v0"  # task: so far this one alone
+    num_agents: int = 1  # independent agents, each with --num-envs environments and a seed and folder of its own
 
     num_envs: int = 4096  # parallel environments, over all ranks
     num_steps: int = 64  # steps per environment and iteration
@@ -336,6 +338,10 @@ def default_preset(args: Args) -> str:
 
 
 def check_args(args: Args):
+    factory = args.env_id.startswith("Isaac-Factory-PegInsert")
+    cli.check(not factory, f"--env-id got {args.env_id}, which needs Isaac Sim, not yet supported by this script")
+    cli.check_flag(args, args.env_id == "PegInsert-v0", "env_id", "PegInsert-v0")
+    agents.check(args)
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
     cli.check_flag(args, args.embedding > 0, "embedding", "a number above 0")
@@ -561,15 +567,19 @@ def evaluate_checkpoint(args: Args):
 
 
 if __name__ == "__main__":
+    agents.resume_all(Args, PRESETS, default_preset)
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only or args.num_agents > 1
+        args.ranks = 1 if alone else distributed.num_cores()
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)
     else:
         if os.environ.get("RANK", "0") == "0":
-            args.log_dir = str(make_run_dir(args, "PegInsert-v0"))
+            args.log_dir = str(make_run_dir(args, args.env_id))
             what = f"{args.num_envs} environments, {args.ranks} ranks, {args.device}"
             print(f"preset {args.preset}: {what}, into {args.log_dir}")
+        if args.num_agents > 1:
+            agents.train(args.log_dir, args.device)
         distributed.launch(main, args, args.ranks)

@@ -26,7 +26,7 @@ ALIASES = {
     "n_episodes": "eval_episodes",
     "checkpoint_freq": "checkpoint_interval",
     "agents": "num_agents",
-    "envs_per_agent": "num_envs_per_agent",
+    "envs_per_agent": "num_envs",
     "task_name": "env_id",
     "clip_param": "clip_coef",
     "entropy_coef": "ent_coef",

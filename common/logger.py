@@ -88,7 +88,7 @@ def _start_wandb(run_dir: Path, args):
             project=args.wandb_project,
             entity=args.wandb_entity or None,
             group=args.wandb_group or None,
-            name=Path(run_dir).name,
+            name=os.environ.get("WANDB_NAME") or Path(run_dir).name,
             dir=str(run_dir),
             config=dataclasses.asdict(args),
             settings=wandb.Settings(silent=True, console="off"),
