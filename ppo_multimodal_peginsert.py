@@ -4,9 +4,9 @@
     python ppo_multimodal_peginsert.py --observation multimodal --modalities tactile proprio
     python ppo_multimodal_peginsert.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 
-Measured on 2 CPU cores without a GPU, one seed (benchmark/results/peg_insert.json): after 2.46 million steps from the
-state observation the deterministic policy inserts in 96.9% of 256 fresh episodes at difficulty 0.5, in 83.2% at 0.75 and
-in 35.9% at 1, which is Factory's clearance and randomisation. Nothing has been measured on a GPU yet.
+Measured on 2 CPU cores without a GPU, one seed (benchmark/results/peg_insert.json): after 2.46 million steps from state
+the deterministic policy inserts in 96.9% of 256 fresh episodes at difficulty 0.5, in 83.2% at 0.75 and in 35.9% at 1,
+which is Factory's clearance and randomisation. Nothing has been measured on a GPU yet.
 
 Of the 37 details, some of those of Atari (14-20), LSTMs (32-36) and MultiDiscrete actions (37) have no place here;
 docs/details.md gives the reason for each.

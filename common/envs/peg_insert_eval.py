@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.envs.peg_insert import PegInsertConfig, PegInsertEnv
+from common.envs.peg_insert import PegInsertConfig, PegInsertEnv, build_model
 from common.files import tolerant, write_json
 from common.stats import mean_ci95, wilson_ci95
 
@@ -88,8 +88,6 @@ def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episode
     device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
     settings = replace(plain(cfg), backend="mujoco", curriculum=False)
     envs = PegInsertEnv(1, "cpu", seed, settings, physics_threads=1)
-    from common.envs.peg_insert import build_model
-
     model = build_model(replace(settings, observation="state"), visual=True)
     camera = BatchedRenderer(model, 1, "side", 384, 384, per_world=("mocap_pos", "mocap_quat"))
 
@@ -99,7 +97,7 @@ def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episode
             for name, field in camera.fields.items():
                 field.copy_(getattr(envs.physics, name))
             picture = camera.render(envs.physics.qpos)[0].numpy()
-            yield np.concatenate((picture, senses(obs, picture.shape[0])), 1)
+            yield np.concatenate((picture, senses(obs, len(picture))), 1) if isinstance(obs, dict) else picture
             inputs = {k: v.to(device) for k, v in obs.items()} if isinstance(obs, dict) else obs.to(device)
             obs, *_ = envs.step(policy(inputs).cpu())
 
@@ -110,13 +108,13 @@ def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episode
         envs.close()
 
 
-def senses(obs, size: int) -> np.ndarray:
+def senses(obs: dict, size: int) -> np.ndarray:
     """uint8 (size, size / 2, 3): the robot's own picture, and below it both pads (red normal, green and blue shear)."""
     half = size // 2
     canvas = np.zeros((size, half, 3), np.uint8)
-    if isinstance(obs, dict) and "rgb" in obs:
+    if "rgb" in obs:
         canvas[:half] = np.asarray(Image.fromarray(obs["rgb"][0].numpy()).resize((half, half), Image.NEAREST))
-    if isinstance(obs, dict) and "tactile" in obs:
+    if "tactile" in obs:
         pads = obs["tactile"][0].view(2, 3, *obs["tactile"].shape[-2:]).permute(0, 2, 3, 1)
         scale = torch.tensor((0.4, 0.1, 0.1))  # N per taxel at full brightness
         pads = (255 * (pads / scale).abs().clamp(0, 1)).byte().numpy()
