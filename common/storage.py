@@ -25,7 +25,9 @@ def put(storage, index, value):
 
 def take(tree, index):
     """`tree[index]`, in every tensor of a dict."""
-    return tree_map(lambda x: x[index], tree)
+    if isinstance(tree, dict):  # written out, as this is called for every minibatch
+        return {name: take(part, index) for name, part in tree.items()}
+    return tree[index]
 
 
 def flatten(tree):
@@ -43,7 +45,8 @@ def in_chunks(function, size: int, *trees):
     rows = len(tree_leaves(trees)[0])
     if rows <= size:
         return function(*trees)
-    parts = [tree_flatten(function(*take(trees, slice(i, i + size)))) for i in range(0, rows, size)]
+    chunks = [[take(tree, slice(i, i + size)) for tree in trees] for i in range(0, rows, size)]
+    parts = [tree_flatten(function(*chunk)) for chunk in chunks]
     columns = zip(*(leaves for leaves, _ in parts), strict=True)
     return tree_unflatten([None if column[0] is None else torch.cat(column) for column in columns], parts[0][1])
 
