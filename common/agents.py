@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import yaml
 
-from common import checkpoint, cli
+from common import checkpoint, cli, distributed
 from common.files import tolerant, write_json
 from common.provenance import run_info
 from common.stats import mean_ci95
@@ -31,8 +31,14 @@ SHOWN = 15  # last lines of a crashed agent's stderr
 def resume_all(Args: type, presets: dict, default_preset) -> None:
     """Where --resume names the folder of several agents, trains all of them further and ends the process."""
     args = cli.parse_args(Args, presets, default_preset)
-    file = Path(args.resume or "none", "args.yaml")
-    if file.is_file() and yaml.safe_load(file.read_text()).get("num_agents", 1) > 1 and "RANK" not in os.environ:
+    file = Path(args.resume) / "args.yaml"
+    if not args.resume or not file.is_file() or "RANK" in os.environ:
+        return
+    if (yaml.safe_load(file.read_text()) or {}).get("num_agents", 1) > 1:
+        try:
+            distributed.check_device("cpu" if args.device == "auto" else args.device)
+        except ValueError as error:
+            cli.fail(str(error))
         train(file.parent, args.device, sys.argv[1:], resume=True)
 
 
@@ -107,8 +113,7 @@ def _shares(num_agents: int) -> list[list[int]]:
     """The cores of each agent that trains at the same time; where the system does not say, the agents take turns."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     at_once = max(1, min(num_agents, len(cores)))
-    share = len(cores) // at_once
-    return [cores[i * share : (i + 1) * share] for i in range(at_once)]
+    return [cores[len(cores) * i // at_once : len(cores) * (i + 1) // at_once] for i in range(at_once)]
 
 
 def _flags(number: int, run_dir: Path, settings: dict, device: str, resume: bool) -> list[str]:

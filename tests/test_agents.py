@@ -186,6 +186,12 @@ def test_agents_share_no_core_and_the_rest_take_turns(tmp_path, monkeypatch, scr
         assert len(together) <= 2 and len({tuple(o["cores"]) for o in together}) == len(together)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores there are")
+def test_every_core_has_one_agent(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7, 8})
+    assert agents._shares(2) == [[2, 3], [5, 7, 8]] and agents._shares(9) == [[2], [3], [5], [7], [8]]
+
+
 def test_gpus_in_turn(monkeypatch):
     assert agents._gpus("cpu") == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -210,6 +216,11 @@ def test_mistakes(argv, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     code = run(SCRIPT, *argv.format(tmp=tmp_path).split(), "--device", "cpu")
     check_sentence(code, capfd.readouterr().err, words)
+
+
+def test_a_device_that_is_not_there_when_resuming(trained, capfd):
+    code = run(SCRIPT, "--resume", trained[0], "--device", "cuda:99")
+    check_sentence(code, capfd.readouterr().err, ["--device", "cuda:99"])
 
 
 def test_several_agents_need_a_launcher_of_their_own(monkeypatch, capsys):
