@@ -25,7 +25,8 @@ import torch
 from common.envs.go2_eval import evaluate
 from common.stats import wilson_ci95
 
-TRAINING = ["--observation", "proprioceptive", "--history", 5, "--randomise", "--num-iterations", 800]
+TRAINING = "--observation proprioceptive --history 5 --randomise --command-vx -1 1.5 --observation-noise 0.5"
+TRAINING += " --reward-weights lin_vel=4 --num-envs 1024 --num-iterations 600 --final-kl 0.01"
 PHYSICS = {
     "0.002 s, newton": {"substeps": 10, "solver": "newton", "solver_iterations": 50},
     "training": {},
@@ -96,7 +97,8 @@ def main():
         folder = tools.new_folder(args, "go2_transfer")
         for seed in args.seeds:
             run_dir = folder / f"seed_{seed}"
-            command = ["--preset", "laptop", *TRAINING, "--seed", seed, "--log-dir", run_dir, "--no-save-video", *flags]
+            command = ["--preset", "laptop", "--seed", seed, "--log-dir", run_dir, "--no-save-video"]
+            command += [*TRAINING.split(), *flags]
             log = run_dir.with_suffix(".log")
             tools.finish(tools.start("ppo_go2_mujoco.py", command, log), log)
             policies[f"seed {seed}"] = run_dir / "checkpoints" / "final_model.pt"
