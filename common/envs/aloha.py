@@ -53,6 +53,8 @@ class AlohaConfig:
     """threads of the mujoco backend, for physics and for pictures (0: all cores divided by the ranks)"""
     obs_type: Literal["pixels", "pixels_agent_pos", "state"] = "pixels_agent_pos"
     """pixels; pixels and joint positions; or joints and the objects' poses"""
+    critic: Literal["pixels", "state"] = "pixels"
+    """what the critic of a training sees: the observation, or `state`, which then stands beside it in a dict"""
     image_height: int = 84
     """rows of the observed picture (pixels)"""
     image_width: int = 84
@@ -211,8 +213,11 @@ class AlohaEnv(VectorEnv):
             "agent_pos": box(-math.inf, math.inf, (agent_pos,)),
             "state": box(-math.inf, math.inf, (self._state_dim,)),
         }
-        both = gym.spaces.Dict({name: spaces[name] for name in ("pixels", "agent_pos")})
-        self.single_observation_space = both if cfg.obs_type == "pixels_agent_pos" else spaces[cfg.obs_type]
+        self._names = ("pixels", "agent_pos") if cfg.obs_type == "pixels_agent_pos" else (cfg.obs_type,)
+        if cfg.critic == "state" and cfg.obs_type != "state":
+            self._names += ("state",)
+        several = gym.spaces.Dict({name: spaces[name] for name in self._names})
+        self.single_observation_space = several if len(self._names) > 1 else spaces[cfg.obs_type]
         bound = 1.0 if cfg.action_mode == "delta" else math.inf
         self.single_action_space = box(-bound, bound, (14,))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -416,9 +421,12 @@ class AlohaEnv(VectorEnv):
         agent_pos = self._normalised(qpos[:, :16])
         if cfg.action_mode == "delta":  # what the next action is added to
             agent_pos = torch.cat((agent_pos, self.target.to(agent_pos.dtype)), 1)
-        if cfg.obs_type == "state":
+        obs = {"agent_pos": agent_pos.float()}
+        if "state" in self._names:
             joint_vel = self._normalised(self.physics.qvel[:, :16], 0.0)
-            return torch.cat((agent_pos, joint_vel, qpos[:, 16:]), 1).float()
+            obs["state"] = torch.cat((agent_pos, joint_vel, qpos[:, 16:]), 1).float()
+        if cfg.obs_type == "state":
+            return obs["state"]
         rows = (new if refresh else self._everyone).nonzero().flatten()
         pictures = self._pictures(rows)
         self.frames = self.frames.clone() if refresh else torch.cat((self.frames[..., 3:], self.frames[..., :3]), -1)
@@ -426,8 +434,8 @@ class AlohaEnv(VectorEnv):
         if cfg.frame_stack > 1:
             first = self.frames[..., -3:].repeat(1, 1, 1, cfg.frame_stack)
             self.frames = torch.where(new[:, None, None, None], first, self.frames)
-        pixels = self.frames  # never written again: the next frames are a copy
-        return pixels if cfg.obs_type == "pixels" else {"pixels": pixels, "agent_pos": agent_pos.float()}
+        obs["pixels"] = self.frames  # never written again: the next frames are a copy
+        return {name: obs[name] for name in self._names} if len(self._names) > 1 else obs["pixels"]
 
     def _pictures(self, rows: torch.Tensor) -> torch.Tensor:
         """uint8 (rows, image_height, image_width, 3)."""

@@ -1,0 +1,704 @@
+"""PPO teaches two ViperX arms a bimanual insertion, or to hand over a cube, from the pixels of gym-aloha.
+
+    python ppo_aloha_cnn.py --bc-init --bc-minutes 8                 # clones a scripted expert first, then PPO
+    python ppo_aloha_cnn.py --preset document --env-id AlohaTransferCube-v0
+    python ppo_aloha_cnn.py --eval-only --model-path runs/.../checkpoints/final_model.pt --eval-backend gym-aloha
+
+What it reaches has not been measured yet. docs/aloha.md has the spaces and rewards, and why the document's own recipe
+cannot insert; docs/details.md says which of the 37 details apply.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+from common import checkpoint, cli, distributed
+from common.cuda_graph import CudaGraph
+from common.envs.aloha import AlohaConfig, AlohaEnv
+from common.envs.aloha_eval import evaluate, plain, record_video, report
+from common.envs.aloha_expert import Expert
+from common.files import tolerant, write_json
+from common.flat_adam import FlatAdam
+from common.logger import Logger, make_run_dir
+from common.meter import Meter, episode_metrics
+from common.provenance import run_info
+from common.replay import Replay
+from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
+
+SCRIPT = "ppo_aloha_cnn"
+TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
+ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the brightness of red, green and blue
+# Every flag that differs from the defaults of Args, by group.
+PRESETS = {
+    "fast": dict(num_envs=64, num_iterations=300),
+    "gpu": dict(num_envs=512, num_iterations=300),
+    # PPO of Stable-Baselines3 with its defaults where the document names no value.
+    "document": dict(num_envs=4, num_steps=2048, num_iterations=122, num_minibatches=128, update_epochs=10)
+    | dict(learning_rate=3e-4, desired_kl=0.0, anneal_lr=False, ent_coef=0.01, vf_coef=1.0, max_grad_norm=0.5)
+    | dict(clip_vloss=False, norm_obs=False, init_std=1.0, obs_type="pixels", action_mode="absolute")
+    | dict(image_height=480, image_width=640, crop=(0.0, 0.0, 1.0, 1.0), mesh_detail=0.0, reward="document")
+    | dict(chunk_size=64),
+}
+
+
+@dataclass
+class Args(cli.RunArgs, AlohaConfig):
+    preset: Literal["auto", *PRESETS] = "auto"
+    """group of defaults; auto: gpu on a GPU, else fast; document: the recipe that this was made for, as it stands"""
+    exp_name: str = SCRIPT  # name of the experiment
+    env_id: Literal[*TASKS] = "AlohaInsertion-v0"  # which of the two tasks
+    task: str = field(default="insertion", init=False)  # computed from env_id
+    eval_backend: Literal["fast", "gym-aloha"] = "fast"  # environment of evaluations; the package's is slow
+
+    bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
+    bc_minutes: float = 8.0  # duration of the warm start
+    bc_steps: int = 16  # steps per environment between two rounds of cloning
+    bc_updates: int = 8  # minibatches that each round learns from
+    bc_batch: int = 256  # frames per minibatch of the warm start, over all ranks
+    bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
+    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
+    bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
+    bc_fade: float = 0.5  # share of the iterations after which it is zero
+    critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
+    random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+
+    num_envs: int = 64  # parallel environments, over all ranks
+    num_steps: int = 64  # steps per environment and iteration
+    num_iterations: int = 1000  # iterations to train for (0: those of --total-timesteps)
+    total_timesteps: int = 0  # environment steps to train for (0: those of --num-iterations)
+    learning_rate: float = 3e-4  # Adam's step size
+    desired_kl: float = 0.01  # adapt the learning rate to this KL divergence per update (0: do not)
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero, where no KL divergence is desired
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 5  # epochs per iteration
+    norm_adv: bool = True  # normalise advantages per minibatch
+    clip_coef: float = 0.2  # clipping of the probability ratio, and of the value update
+    clip_vloss: bool = True  # clip the value loss
+    ent_coef: float = 0.0  # entropy bonus
+    vf_coef: float = 2.0  # value loss coefficient; the loss has CleanRL's factor 0.5, so 2.0 is rsl_rl's 1.0
+    max_grad_norm: float = 1.0  # largest norm of the gradient
+    target_kl: float = 0.0  # end the epochs of an iteration when the KL divergence passes this (0: never)
+    norm_obs: bool = True  # normalise observations by running statistics and clip them at 10
+    norm_reward: bool = False
+    """divide rewards by the running standard deviation of the discounted return and clip them at 10"""
+    clip_reward: bool = False  # only the sign of a reward counts
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic
+    init_std: float = 0.2  # initial standard deviation; noise of 0.02 rad, two thirds of an action, defeats insertion
+    min_std: float = 0.01  # smallest standard deviation
+    embedding: int = 512  # width of what the encoder gives
+    grey: bool = False  # let the encoder see brightness alone
+
+    ranks: int = 0  # processes that share the environments on a CPU (0: as many as pay); on GPUs use torchrun
+    chunk_size: int = 4096  # samples per forward pass after the rollout, as many as the memory holds
+    compile: bool = False  # torch.compile the policy step and the update
+    cuda_graphs: bool = False  # capture the policy step and, with one rank, the update in CUDA graphs
+
+    batch_size: int = 0  # computed at run time: samples per iteration on this rank
+    minibatch_size: int = 0  # computed at run time: samples per minibatch on this rank
+
+    def __post_init__(self):
+        self.task = TASKS[self.env_id]
+
+
+# === layer init ===
+def layer_init(layer, std=2**0.5, bias_const=0.0):  # detail 2: orthogonal initialisation
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+def mlp(in_dim, hidden, out_dim, out_std, hidden_std=2**0.5, activation=nn.Tanh):
+    """Linear layers of the widths `hidden`, each with an activation, and a last one; weights scaled by the stds."""
+    layers = []
+    for width in hidden:
+        layers += [layer_init(nn.Linear(in_dim, width), hidden_std), activation()]
+        in_dim = width
+    return nn.Sequential(*layers, layer_init(nn.Linear(in_dim, out_dim), out_std))
+
+
+# === end layer init ===
+
+
+# === running mean std ===
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all vectors seen, merged batch by batch (Chan et al. 1979), over all ranks."""
+
+    def __init__(self, dim: int, epsilon: float = 1e-8):
+        super().__init__()
+        self.epsilon = epsilon  # added to the variance: what hardly moves is not blown up
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: torch.Tensor):  # (batch, dim)
+        x = x.double()
+        sums = distributed.total(torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0))))
+        n = sums[0, 0]
+        mean = sums[1] / n
+        var = (sums[2] / n - mean.square()).clamp(min=0)
+        total = self.count + n
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normalised = (x - self.mean.float()) * torch.rsqrt(self.var.float() + self.epsilon)
+        return normalised.clamp(-10, 10)  # detail 29: observation clipping
+
+
+# === end running mean std ===
+
+
+# === gaussian ===
+def gaussian_log_prob_and_entropy(mean, std, actions):  # detail 25: independent components, so both add up
+    """(..., action_dim), with std (action_dim,), to (...) each."""
+    half_log_2pi = 0.5 * math.log(2 * math.pi)
+    logprob = (-0.5 * ((actions - mean) / std).square() - std.log() - half_log_2pi).sum(-1)
+    return logprob, (std.log() + half_log_2pi + 0.5).sum().expand_as(logprob)
+
+
+def gaussian_kl(old_mean, old_std, mean, std):
+    """The exact divergence, old to new, (..., action_dim) to (...)."""
+    moved = old_std.square() + (mean - old_mean).square()
+    return (torch.log(std / old_std) + moved / (2 * std.square()) - 0.5).sum(-1)
+
+
+# === end gaussian ===
+
+
+class Encoder(nn.Module):
+    """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
+
+    def __init__(self, space, args: Args):
+        super().__init__()
+        spaces = space.spaces if hasattr(space, "spaces") else {"pixels": space}
+        height, width, channels = spaces["pixels"].shape  # detail 20: stacked frames are channels
+        channels //= 3 if args.grey else 1
+        frame = torch.zeros(1, channels, height, width)
+        layers = []
+        for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
+            channels = width
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
+        flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
+        self.linear = nn.Sequential(flat, nn.ReLU())
+        self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
+        self.register_buffer("luma", torch.tensor(LUMA)[:, None, None] if args.grey else None)
+
+    def forward(self, obs):
+        obs = obs if isinstance(obs, dict) else {"pixels": obs}
+        # detail 22: images scaled to [0, 1]
+        pixels = obs["pixels"].permute(0, 3, 1, 2).float() / 255  # of movedim, ONNX makes an invalid file
+        if self.luma is not None:  # detail 18: grey; the size is the environment's --image-height and --image-width
+            pixels = (pixels.unflatten(1, (-1, 3)) * self.luma).sum(2)
+        embedding = self.linear(self.cnn(pixels))
+        return torch.cat((embedding, obs["agent_pos"]), 1) if "agent_pos" in obs else embedding
+
+
+class Agent(nn.Module):
+    """Actor and critic take normalised observations: pictures by one shared encoder, the state by none. With
+    --critic state the critic has no encoder. `normalise` makes them.
+    """
+
+    def __init__(self, envs, args: Args):
+        super().__init__()
+        space = envs.single_observation_space
+        self.action_shape = envs.single_action_space.shape
+        self.encoder, width = nn.Identity(), space.shape and space.shape[0]
+        vector, state = space, None
+        if space.shape is None or len(space.shape) == 3:  # detail 13: a shared encoder
+            self.encoder = Encoder(space, args)
+            width = self.encoder.width
+            vector, state = (space.spaces.get(name) if not space.shape else None for name in ("agent_pos", "state"))
+        self.state_stats = RunningMeanStd(state.shape[0], 1e-5) if state else None
+        self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
+        self.return_stats = RunningMeanStd(1)
+        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=nn.ELU)
+        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs
+        # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
+        self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
+        self.logstd_limits = (math.log(args.min_std), math.log(10.0))
+
+    def normalise(self, obs):
+        if isinstance(obs, dict):
+            stats = {"agent_pos": self.stats, "state": self.state_stats}
+            return obs | {name: stat(obs[name]) for name, stat in stats.items() if stat and name in obs}
+        return obs if self.stats is None else self.stats(obs)
+
+    def update_stats(self, obs):
+        if self.stats is not None:
+            self.stats.update(obs["agent_pos"] if isinstance(obs, dict) else obs)
+        if self.state_stats is not None:
+            self.state_stats.update(obs["state"])
+
+    def std(self):  # (action_dim,)
+        return self.actor_logstd.clamp(self.logstd_limits[0], self.logstd_limits[1]).exp()
+
+    @torch.no_grad()
+    def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
+        self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
+
+    def get_value(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch,)
+        return self.critic(self.encoder(obs) if self.state_stats is None else obs["state"]).squeeze(-1)
+
+    def get_dist(self, obs):
+        """The distribution of actions: means (batch, action_dim)."""
+        return self.actor(self.encoder(obs))
+
+    def sample(self, dist):
+        return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
+
+    def log_prob_and_entropy(self, dist, actions):
+        return gaussian_log_prob_and_entropy(dist, self.std(), actions)
+
+    def kl(self, old_dist, old_std, dist):
+        return gaussian_kl(old_dist, old_std, dist, self.std())
+
+    def get_action_and_value(self, obs, action=None):
+        embedding = self.encoder(obs)
+        dist = self.actor(embedding)
+        value = self.critic(embedding if self.state_stats is None else obs["state"]).squeeze(-1)
+        if action is None:
+            action = self.sample(dist)
+        return action, *self.log_prob_and_entropy(dist, action), value, dist
+
+    def forward(self, obs):
+        """The deterministic policy on raw observations: what is evaluated and exported."""
+        return self.get_dist(self.normalise(obs))
+
+
+# === gae ===
+def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):  # detail 5: GAE
+    """Advantages (num_steps, num_envs) of Schulman et al. 2016 (arXiv 1506.02438) eq. 16. `dones[t]`: the episode ended
+    with step t; the value beyond a time limit is in its reward already. `next_value` (num_envs,): of the next_obs.
+    """
+    advantages = torch.empty_like(rewards)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - dones[t]
+        nextvalues = values[t + 1] if t + 1 < len(rewards) else next_value
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+        advantages[t] = lastgaelam
+    return advantages
+
+
+# === end gae ===
+
+
+# === advantage normalisation ===
+def normalise_advantages(mb_advantages):  # detail 7: advantages normalised per minibatch, over all ranks
+    """mb_advantages (num_minibatches, ...): each minibatch shifted to mean 0 and scaled to standard deviation 1."""
+    flat = mb_advantages.flatten(1)
+    mean, square = distributed.mean(torch.stack((flat.mean(1), flat.square().mean(1))))
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return ((flat - mean[:, None]) / (std[:, None] + 1e-8)).view_as(mb_advantages)
+
+
+# === end advantage normalisation ===
+
+
+def ppo_loss(agent, args, minibatch):
+    """The loss of one minibatch {name: (batch, ...)}, and its statistics by name."""
+    outputs = agent.get_action_and_value(minibatch["obs"], minibatch["actions"])
+    # === ppo loss ===
+    # Around it: args, and of agent.get_action_and_value the `outputs` for minibatch["obs"] and minibatch["actions"].
+    _, newlogprob, entropy, newvalue, newdist, *_ = outputs
+    mb_advantages, mb_returns, mb_values = (minibatch[name] for name in ("advantages", "returns", "values"))
+    logratio = newlogprob - minibatch["logprobs"]
+    ratio = logratio.exp()
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()  # detail 8: clipped surrogate
+
+    v_loss = (newvalue - mb_returns).square()
+    if args.clip_vloss:  # detail 9: value clipping
+        v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - mb_returns).square())
+    v_loss = 0.5 * v_loss.mean()
+
+    entropy = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # detail 10: one loss
+    with torch.no_grad():  # detail 12: debug variables
+        # The ratio of what the policy did not draw itself, such as a mirror image, says nothing about the update.
+        drawn = minibatch.get("drawn", torch.ones_like(ratio))
+        drawn = drawn / drawn.sum().clamp(min=1)
+        stats = {
+            "policy_loss": pg_loss.detach(),
+            "value_loss": v_loss.detach(),
+            "entropy": entropy.detach(),
+            "old_approx_kl": (drawn * -logratio).sum(),
+            "approx_kl": (drawn * (ratio - 1 - logratio)).sum(),
+            "kl": agent.kl(minibatch["dists"], minibatch["old_std"], newdist).mean(),
+            "clipfrac": (drawn * ((ratio - 1.0).abs() > args.clip_coef)).sum(),
+        }
+    # === end ppo loss ===
+    if "labels" in minibatch:
+        bc_loss = cloning_loss(newdist, minibatch["labels"])
+        loss = loss + minibatch["bc_coef"] * bc_loss
+        stats["bc_loss"] = bc_loss.detach()
+    return loss, stats
+
+
+# --- the warm start
+
+
+def cloning_loss(means, labels):
+    """Of means and the expert's actions (batch, action_dim). The absolute error: where the expert opens or closes a
+    gripper, its least is at one of the two, and that of the squared error between them.
+    """
+    return (means - labels).abs().mean()
+
+
+def shifted(obs, reach):
+    """Observations whose pictures, each for itself, are moved by up to `reach` pixels; their borders are repeated."""
+    pixels = obs["pixels"] if isinstance(obs, dict) else obs
+    each = torch.arange(len(pixels), device=pixels.device)[:, None]
+    by = torch.randint(-reach, reach + 1, (2, len(pixels), 1), device=pixels.device)
+    rows, columns = (
+        (torch.arange(n, device=by.device) + k).clamp(0, n - 1) for n, k in zip(pixels.shape[1:3], by, strict=True)
+    )
+    pixels = pixels[each[..., None], rows[:, :, None], columns[:, None, :]]
+    return obs | {"pixels": pixels} if isinstance(obs, dict) else pixels
+
+
+def clone_expert(agent, args, envs, optimizer, learning_rate, next_obs, interrupt):
+    """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
+    more of which are the policy's own. Gives the last observation and what was done.
+
+    The expert acts in a share of the environments that falls from all of them to none in the first half.
+    """
+    N, device = envs.num_envs, envs.device
+    expert = Expert(args, device)
+    spaces = {"obs": envs.single_observation_space, "labels": envs.single_action_space}
+    replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)
+    by_expert = torch.ones(N, 1, dtype=torch.bool, device=device)
+    episodes, losses = Meter(), Meter()
+    start = said = time.time()
+    progress = 0.0  # of all ranks, which must do the same
+    while progress < 1 and not distributed.any_rank(interrupt, device):
+        for _ in range(args.bc_steps):
+            labels = expert(envs)
+            replay.add({"obs": next_obs, "labels": labels})
+            agent.update_stats(next_obs)
+            with torch.no_grad():
+                actions = agent.sample(torch.where(by_expert, labels, agent(next_obs)))
+            next_obs, _, _, _, info = envs.step(actions)
+            episodes.add(episode_metrics(info), info["_episode"])
+            # Who acts changes in the middle of an episode too: each goes on from where the other has led.
+            change = torch.rand(N, 1, device=device) < 0.02
+            by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 2 * progress, by_expert)
+        learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
+        for _ in range(args.bc_updates):
+            minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
+            if args.random_shift:
+                minibatch["obs"] = shifted(minibatch["obs"], args.random_shift)
+            loss = cloning_loss(agent(minibatch["obs"]), minibatch["labels"])
+            optimizer.compute_gradients(loss)
+            optimizer.all_reduce()
+            optimizer.clip_gradients(args.max_grad_norm)
+            optimizer.step()
+            losses.add({"loss": loss.detach()})
+        minutes = (time.time() - start) / 60
+        progress = distributed.mean(torch.tensor(minutes / args.bc_minutes, dtype=torch.float64)).item()
+        if distributed.any_rank(time.time() - said > 15 or progress >= 1, device):
+            said = time.time()
+            found = {name: round(value.item(), 4) for name, value in (losses.means() | episodes.means()).items()}
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
+    learning_rate.fill_(args.learning_rate)
+    return next_obs, {"warm_start_frames": replay.count * args.ranks, "warm_start_minutes": (time.time() - start) / 60}
+
+
+# === learning rate ===
+def adapt_learning_rate(learning_rate, kl, desired_kl):
+    """rsl_rl's rule, on the device: by 1.5 down above twice the desired KL, up below half of it (but not at zero)."""
+    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where((kl > 0) & (kl < desired_kl / 2), 1.5, 1.0))
+    return (learning_rate * factor).clamp(1e-5, 1e-2)
+
+
+# === end learning rate ===
+
+
+def default_preset(args: Args) -> str:
+    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    return "gpu" if on_gpu else "fast"
+
+
+def check_args(args: Args):
+    cli.check_ranges(args)
+    cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
+    for name in ("embedding", "bc_minutes", "bc_steps", "bc_updates", "bc_batch", "bc_frames", "bc_learning_rate"):
+        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    for name in ("bc_coef", "bc_fade", "critic_iterations", "random_shift"):
+        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    cli.check_compiler(args)
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            AlohaEnv(1, args.device, **plain(args)).close()
+        except ValueError as error:
+            cli.fail(str(error))
+
+
+def main(args: Args):
+    # --- ranks and seeds
+    T, N = args.num_steps, args.num_envs // args.ranks  # detail 1: vectorised architecture
+    args.batch_size = T * N
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    device, rank, world_size = distributed.init(args.device, small=args.minibatch_size < 2048)
+    seed = args.seed + distributed.SEEDS * rank
+    torch.manual_seed(args.seed)  # the same networks on every rank
+
+    # --- environments
+    num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
+    envs = AlohaEnv(N, device, seed, **plain(args))
+
+    # --- agent
+    agent = Agent(envs, args).to(device)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    desired_kl = torch.tensor(args.desired_kl, device=device)
+    optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon
+
+    @torch.no_grad()
+    def policy(obs):
+        return agent.sample(agent.get_dist(agent.normalise(obs)))
+
+    # === update ===
+    # Around it: args, agent, policy, optimizer, learning_rate, desired_kl (a number or a tensor), device, world_size.
+    def update(minibatch):
+        loss, stats = ppo_loss(agent, args, minibatch)
+        optimizer.compute_gradients(loss)
+        (kl,) = optimizer.all_reduce(stats["kl"])  # the gradient and, beside it, the divergence: means of all ranks
+        if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
+            learning_rate.copy_(adapt_learning_rate(learning_rate, kl, desired_kl))
+        grad_norm = optimizer.clip_gradients(args.max_grad_norm)  # detail 11: global gradient clipping
+        optimizer.step()
+        agent.clamp_std()
+        return stats | {"kl": kl, "grad_norm": grad_norm}
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the graph
+        policy = torch.compile(policy)
+        update = torch.compile(update)
+    if args.cuda_graphs and device.type == "cuda":
+        policy = CudaGraph(policy)
+        if world_size == 1:
+            update = CudaGraph(update)
+    # === end update ===
+
+    # --- storage, allocated once
+    obs = zeros(envs.single_observation_space, (T, N), device)
+    actions = zeros(envs.single_action_space, (T, N), device)
+    labels = torch.zeros_like(actions) if args.bc_coef else None
+    expert = Expert(args, device) if args.bc_coef else None
+    rewards = torch.zeros(T, N, device=device)
+    terminations = torch.zeros(T, N, dtype=torch.bool, device=device)
+    truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
+    final_obs = FinalObs()
+    starts = torch.zeros(T, N, device=device)  # 1 where an episode begins with the step
+    next_start = torch.ones(N, device=device)
+    running_return = torch.zeros(N, device=device)
+
+    # --- resume
+    torch.manual_seed(seed)
+    learned = {"agent": agent, "optimizer": optimizer}
+    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS)
+    if run.own:
+        envs.load_state_dict(run.own["envs"])
+        next_obs = to(run.own["next_obs"], device)
+        next_start = run.own["next_start"].to(device)
+        running_return = run.own["running_return"].to(device)
+    else:
+        next_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
+
+    interrupt = checkpoint.Interrupt()
+    warm_start = {}
+    if args.bc_init and not args.resume:  # a resumed run goes on with PPO
+        warm = clone_expert(agent, args, envs, optimizer, learning_rate, next_obs, interrupt)
+        next_obs, warm_start = warm
+        own = {"envs": envs.state_dict(), "next_obs": next_obs}
+        run.save(own | {"next_start": next_start, "running_return": running_return}, "model_0.pt")
+        if rank == 0 and not interrupt:
+            with tolerant("the evaluation", run.dir):
+                write_json(run.dir / "eval" / "model_0.json", run_evaluation(agent, args, envs) | warm_start)
+
+    logger = Logger(run.dir, args, num_iterations * T * args.num_envs, run.global_step, enabled=rank == 0)
+    episodes = Meter()
+    losses = Meter()
+    stopped = distributed.any_rank(interrupt, device)
+
+    while run.iteration < num_iterations and not stopped:
+        # --- anneal
+        progress = run.iteration / num_iterations
+        if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
+            learning_rate.fill_(args.learning_rate * (1 - progress))
+
+        # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
+        for t in range(T):
+            put(obs, t, next_obs)
+            starts[t] = next_start
+            if args.bc_coef:  # of the state that the policy has come to
+                labels[t] = expert(envs)
+            actions[t] = policy(next_obs)
+            # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
+            next_obs, rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
+            next_start = info["_episode"].float()
+            final_obs.add(truncations[t], info["final_obs"])
+            episodes.add(episode_metrics(info), info["_episode"])
+        run.global_step += T * args.num_envs
+
+        if args.clip_reward:  # detail 19: the sign of the reward
+            rewards.sign_()
+        if args.norm_reward:  # detail 30: rewards scaled by the standard deviation of the discounted return
+            discounted = torch.empty_like(rewards)
+            for t in range(T):
+                running_return = running_return * args.gamma * (1 - starts[t]) + rewards[t]
+                discounted[t] = running_return
+            agent.return_stats.update(discounted.view(-1, 1))
+            rewards.mul_(torch.rsqrt(agent.return_stats.var.float() + 1e-8)).clamp_(-10, 10)  # detail 31: clipped
+
+        # --- values and log-probabilities
+        with torch.no_grad():
+            dones = (terminations | truncations).float()
+            b_obs = agent.normalise(flatten(obs))
+            b_actions = flatten(actions)
+            samples = in_chunks(agent.get_action_and_value, args.chunk_size, b_obs, b_actions)
+            _, b_logprobs, _, b_values, b_dists = samples
+            limits = truncations.nonzero(as_tuple=True)
+            limit_obs = final_obs.take_all()
+
+            # --- bootstrap and advantages
+            # A time limit is no failure: its reward includes the value of the true last observation.
+            rewards[limits] += args.gamma * in_chunks(agent.get_value, args.chunk_size, agent.normalise(limit_obs))
+            next_value = agent.get_value(agent.normalise(next_obs))
+            values = b_values.view(T, N)
+            b_advantages = flatten(compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda))
+            b_returns = b_advantages + b_values
+            if run.iteration < args.critic_iterations:
+                b_advantages.zero_()
+            old_std = agent.std()
+        batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs, "dists": b_dists}
+        batch |= {"returns": b_returns, "values": b_values}
+        batch |= {"labels": flatten(labels)} if args.bc_coef else {}
+        bc_coef = torch.tensor(args.bc_coef * max(0.0, 1 - progress / max(args.bc_fade, 1e-9)), device=device)
+
+        # --- update
+        for _ in range(args.update_epochs):
+            # detail 6: shuffled, without replacement
+            b_inds = torch.randperm(args.batch_size, device=device).view(args.num_minibatches, -1)
+            mb_advantages = b_advantages[b_inds]
+            if args.norm_adv:
+                mb_advantages = normalise_advantages(mb_advantages)
+            for mb_inds, advantages in zip(b_inds, mb_advantages, strict=True):
+                minibatch = take(batch, mb_inds) | {"advantages": advantages, "old_std": old_std}
+                minibatch |= {"bc_coef": bc_coef} if args.bc_coef else {}
+                stats = update(minibatch)
+                losses.add(stats)
+            if args.target_kl and stats["kl"] > args.target_kl:
+                break
+        agent.update_stats(flatten(obs))  # after the update, so that the first minibatch's ratio is exactly 1
+        run.iteration += 1
+
+        # --- log
+        stopped = distributed.any_rank(interrupt, device)
+        last = run.iteration == num_iterations or stopped
+        if run.iteration % args.log_interval == 0 or last:
+            nan_resets, nan_updates = distributed.total(torch.stack((envs.nan_resets, optimizer.not_finite)))
+            metrics = {
+                "charts/SPS": run.steps_per_second(),
+                "charts/learning_rate": learning_rate,
+                "charts/elapsed": time.time() - run.start_time,
+                "charts/nan_resets": nan_resets,
+                "charts/nan_updates": nan_updates,
+                "losses/explained_variance": 1 - (b_returns - b_values).var() / b_returns.var(),
+            }
+            metrics["charts/action_std"] = agent.std().mean()
+            metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
+            metrics |= episodes.means()
+            names = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
+            metrics |= {new: metrics[name] for name, new in names.items() if name in metrics}  # Stable-Baselines3's
+            logger.log(metrics, run.global_step)
+        logger.progress(run.global_step)
+
+        # --- checkpoint and evaluate
+        name = f"model_{run.iteration}.pt"
+        evaluate_now = args.eval_interval and run.iteration % args.eval_interval == 0 and not last
+        if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
+            own = {"envs": envs.state_dict(), "next_obs": next_obs}
+            own |= {"next_start": next_start, "running_return": running_return}
+            run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
+        if evaluate_now and rank == 0:
+            result = run_evaluation(agent, args, envs)
+            with tolerant("the evaluation", run.dir):
+                write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
+            logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
+            run.keep_best(result["score"], name)
+        if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
+            with tolerant("the video", run.dir):
+                path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
+                logger.video("videos/policy", path, run.global_step)
+
+    # --- what the run leaves
+    summary = run.summary(device)
+    interrupt.restore()
+    distributed.leave()
+    if rank == 0 and stopped:
+        print(f"stopped after iteration {run.iteration}; continue with --resume {run.dir}")
+    elif rank == 0:
+        saved = "the final model is saved"
+        with tolerant("policy.onnx", run.dir, saved):
+            example = to(take(next_obs, slice(0, 1)), "cpu")
+            if isinstance(example, dict):  # the policy does not see the state
+                example.pop("state", None)
+            checkpoint.export_onnx(agent, example, run.dir / "policy.onnx")
+        result = run_evaluation(agent, args, envs)
+        run.keep_best(result["score"], "final_model.pt")
+        with tolerant("the final evaluation", run.dir, saved):
+            report(agent, args, result, run.dir, "final_model", args.save_video)
+            write_json(run.dir / "summary.json", summary | warm_start | result | run_info())
+        print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+    logger.close()
+    envs.close()
+
+
+def run_evaluation(agent: Agent, args: Args, envs) -> dict:
+    """`evaluate` of the deterministic policy in environments of their own."""
+    result = evaluate(agent, args, envs.device, args.eval_episodes, args.eval_backend)
+    return result | {"score": result["success_rate"] + 1e-3 * result["mean_highest_level"]}
+
+
+def evaluate_checkpoint(args: Args):
+    """--eval-only: metrics and video of --model-path."""
+    state = checkpoint.load(args.model_path, SCRIPT)
+    path, run_dir = Path(args.model_path), Path(args.log_dir)
+    envs = AlohaEnv(1, args.device, **plain(args))
+    agent = Agent(envs, args).to(args.device)
+    checkpoint.load_agent(agent, state, "--model-path")
+    result = run_evaluation(agent, args, envs)
+    report(agent, args, result, run_dir, path.stem, args.save_video)
+    print(f"everything is in {run_dir}")
+
+
+if __name__ == "__main__":
+    args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
+    if not args.ranks:
+        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+    check_args(args)
+    if args.eval_only:
+        evaluate_checkpoint(args)
+    else:
+        if os.environ.get("RANK", "0") == "0":
+            args.log_dir = str(make_run_dir(args, args.env_id))
+            what = f"{args.num_envs} environments, {args.ranks} ranks, {args.device}"
+            print(f"preset {args.preset}: {what}, into {args.log_dir}")
+        distributed.launch(main, args, args.ranks)
