@@ -4,8 +4,7 @@
     python ppo_aloha_cnn.py --preset document --env-id AlohaTransferCube-v0
     python ppo_aloha_cnn.py --eval-only --model-path runs/.../checkpoints/final_model.pt --eval-backend gym-aloha
 
-What it reaches has not been measured yet. docs/aloha.md has the spaces and rewards, and why the document's own recipe
-cannot insert; docs/details.md says which of the 37 details apply.
+What it reaches has not been measured yet. docs/aloha.md says why the document's own recipe cannot insert.
 """
 
 import math
@@ -28,13 +27,13 @@ from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
-from common.replay import Replay
+from common.replay import Replay, shifted
 from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
 
 SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the brightness of red, green and blue
+SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "fast": dict(num_envs=64, num_iterations=300),
@@ -59,9 +58,7 @@ class Args(cli.RunArgs, AlohaConfig):
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
     bc_minutes: float = 8.0  # duration of the warm start
-    bc_steps: int = 16  # steps per environment between two rounds of cloning
-    bc_updates: int = 8  # minibatches that each round learns from
-    bc_batch: int = 256  # frames per minibatch of the warm start, over all ranks
+    bc_batch: int = 128  # frames that are learned from after each step of all environments
     bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
     bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
@@ -181,7 +178,7 @@ class Encoder(nn.Module):
 
     def __init__(self, space, args: Args):
         super().__init__()
-        spaces = space.spaces if hasattr(space, "spaces") else {"pixels": space}
+        spaces = {"pixels": space} if space.shape else space.spaces
         height, width, channels = spaces["pixels"].shape  # detail 20: stacked frames are channels
         channels //= 3 if args.grey else 1
         frame = torch.zeros(1, channels, height, width)
@@ -193,21 +190,21 @@ class Encoder(nn.Module):
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
         self.linear = nn.Sequential(flat, nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
-        self.register_buffer("luma", torch.tensor(LUMA)[:, None, None] if args.grey else None)
+        self.grey = args.grey
 
     def forward(self, obs):
         obs = obs if isinstance(obs, dict) else {"pixels": obs}
         # detail 22: images scaled to [0, 1]
         pixels = obs["pixels"].permute(0, 3, 1, 2).float() / 255  # of movedim, ONNX makes an invalid file
-        if self.luma is not None:  # detail 18: grey; the size is the environment's --image-height and --image-width
-            pixels = (pixels.unflatten(1, (-1, 3)) * self.luma).sum(2)
+        if self.grey:  # detail 18: grey; the size is the environment's --image-height and --image-width
+            pixels = pixels.unflatten(1, (-1, 3)).mean(2)
         embedding = self.linear(self.cnn(pixels))
         return torch.cat((embedding, obs["agent_pos"]), 1) if "agent_pos" in obs else embedding
 
 
 class Agent(nn.Module):
-    """Actor and critic take normalised observations: pictures by one shared encoder, the state by none. With
-    --critic state the critic has no encoder. `normalise` makes them.
+    """Actor and critic take normalised observations: a dict of modalities by one shared encoder, the state by none.
+    `normalise` makes them.
     """
 
     def __init__(self, envs, args: Args):
@@ -220,26 +217,27 @@ class Agent(nn.Module):
             self.encoder = Encoder(space, args)
             width = self.encoder.width
             vector, state = (space.spaces.get(name) if not space.shape else None for name in ("agent_pos", "state"))
-        self.state_stats = RunningMeanStd(state.shape[0], 1e-5) if state else None
         self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
+        self.privileged = state is not None  # --critic state
         self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=nn.ELU)
+        if self.privileged:
+            self.critic = nn.Sequential(RunningMeanStd(state.shape[0], 1e-5), self.critic)
         self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
         self.logstd_limits = (math.log(args.min_std), math.log(10.0))
 
     def normalise(self, obs):
-        if isinstance(obs, dict):
-            stats = {"agent_pos": self.stats, "state": self.state_stats}
-            return obs | {name: stat(obs[name]) for name, stat in stats.items() if stat and name in obs}
-        return obs if self.stats is None else self.stats(obs)
+        if self.stats is None:
+            return obs
+        return obs | {"agent_pos": self.stats(obs["agent_pos"])} if isinstance(obs, dict) else self.stats(obs)
 
     def update_stats(self, obs):
         if self.stats is not None:
             self.stats.update(obs["agent_pos"] if isinstance(obs, dict) else obs)
-        if self.state_stats is not None:
-            self.state_stats.update(obs["state"])
+        if self.privileged:
+            self.critic[0].update(obs["state"])
 
     def std(self):  # (action_dim,)
         return self.actor_logstd.clamp(self.logstd_limits[0], self.logstd_limits[1]).exp()
@@ -249,7 +247,7 @@ class Agent(nn.Module):
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
     def get_value(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch,)
-        return self.critic(self.encoder(obs) if self.state_stats is None else obs["state"]).squeeze(-1)
+        return self.critic(self.encoder(obs) if not self.privileged else obs["state"]).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
@@ -267,7 +265,7 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs, action=None):
         embedding = self.encoder(obs)
         dist = self.actor(embedding)
-        value = self.critic(embedding if self.state_stats is None else obs["state"]).squeeze(-1)
+        value = self.critic(embedding if not self.privileged else obs["state"]).squeeze(-1)
         if action is None:
             action = self.sample(dist)
         return action, *self.log_prob_and_entropy(dist, action), value, dist
@@ -345,7 +343,7 @@ def ppo_loss(agent, args, minibatch):
     # === end ppo loss ===
     if "labels" in minibatch:
         bc_loss = cloning_loss(newdist, minibatch["labels"])
-        loss = loss + minibatch["bc_coef"] * bc_loss
+        loss = loss + minibatch["bc_coef"].mean() * bc_loss
         stats["bc_loss"] = bc_loss.detach()
     return loss, stats
 
@@ -360,60 +358,45 @@ def cloning_loss(means, labels):
     return (means - labels).abs().mean()
 
 
-def shifted(obs, reach):
-    """Observations whose pictures, each for itself, are moved by up to `reach` pixels; their borders are repeated."""
-    pixels = obs["pixels"] if isinstance(obs, dict) else obs
-    each = torch.arange(len(pixels), device=pixels.device)[:, None]
-    by = torch.randint(-reach, reach + 1, (2, len(pixels), 1), device=pixels.device)
-    rows, columns = (
-        (torch.arange(n, device=by.device) + k).clamp(0, n - 1) for n, k in zip(pixels.shape[1:3], by, strict=True)
-    )
-    pixels = pixels[each[..., None], rows[:, :, None], columns[:, None, :]]
-    return obs | {"pixels": pixels} if isinstance(obs, dict) else pixels
-
-
-def clone_expert(agent, args, envs, optimizer, learning_rate, next_obs, interrupt):
+def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt):
     """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
     more of which are the policy's own. Gives the last observation and what was done.
 
     The expert acts in a share of the environments that falls from all of them to none in the first half.
     """
-    N, device = envs.num_envs, envs.device
-    expert = Expert(args, device)
+    N = envs.num_envs
+    device = envs.device
     spaces = {"obs": envs.single_observation_space, "labels": envs.single_action_space}
-    replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)
+    replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)  # bounded in memory
     by_expert = torch.ones(N, 1, dtype=torch.bool, device=device)
-    episodes, losses = Meter(), Meter()
+    meter = Meter()
     start = said = time.time()
     progress = 0.0  # of all ranks, which must do the same
     while progress < 1 and not distributed.any_rank(interrupt, device):
-        for _ in range(args.bc_steps):
-            labels = expert(envs)
-            replay.add({"obs": next_obs, "labels": labels})
-            agent.update_stats(next_obs)
-            with torch.no_grad():
-                actions = agent.sample(torch.where(by_expert, labels, agent(next_obs)))
-            next_obs, _, _, _, info = envs.step(actions)
-            episodes.add(episode_metrics(info), info["_episode"])
-            # Who acts changes in the middle of an episode too: each goes on from where the other has led.
-            change = torch.rand(N, 1, device=device) < 0.02
-            by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 2 * progress, by_expert)
+        labels = expert(envs)
+        replay.add({"obs": next_obs, "labels": labels})
+        agent.update_stats(next_obs)
+        with torch.no_grad():
+            actions = agent.sample(torch.where(by_expert, labels, agent(next_obs)))
+        next_obs, _, _, _, info = envs.step(actions)
+        meter.add({"success": info["episode"]["success"]}, info["_episode"])
+        # Who acts changes in the middle of an episode too: each goes on from where the other has led.
+        change = torch.rand(N, 1, device=device) < 0.02
+        by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 2 * progress, by_expert)
+
         learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
-        for _ in range(args.bc_updates):
-            minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
-            if args.random_shift:
-                minibatch["obs"] = shifted(minibatch["obs"], args.random_shift)
-            loss = cloning_loss(agent(minibatch["obs"]), minibatch["labels"])
-            optimizer.compute_gradients(loss)
-            optimizer.all_reduce()
-            optimizer.clip_gradients(args.max_grad_norm)
-            optimizer.step()
-            losses.add({"loss": loss.detach()})
+        minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
+        loss = cloning_loss(agent(shifted(minibatch["obs"], args.random_shift)), minibatch["labels"])
+        optimizer.compute_gradients(loss)
+        optimizer.all_reduce()
+        optimizer.clip_gradients(args.max_grad_norm)
+        optimizer.step()
+        meter.add({"loss": loss.detach()})
         minutes = (time.time() - start) / 60
         progress = distributed.mean(torch.tensor(minutes / args.bc_minutes, dtype=torch.float64)).item()
         if distributed.any_rank(time.time() - said > 15 or progress >= 1, device):
             said = time.time()
-            found = {name: round(value.item(), 4) for name, value in (losses.means() | episodes.means()).items()}
+            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
             if os.environ.get("RANK", "0") == "0":
                 print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
     learning_rate.fill_(args.learning_rate)
@@ -438,9 +421,9 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "bc_minutes", "bc_steps", "bc_updates", "bc_batch", "bc_frames", "bc_learning_rate"):
+    for name in ("embedding", "bc_minutes", "bc_batch", "bc_frames", "bc_learning_rate", "bc_fade"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    for name in ("bc_coef", "bc_fade", "critic_iterations", "random_shift"):
+    for name in ("bc_coef", "critic_iterations", "random_shift"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
@@ -462,6 +445,7 @@ def main(args: Args):
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
     envs = AlohaEnv(N, device, seed, **plain(args))
+    expert = Expert(args, device)
 
     # --- agent
     agent = Agent(envs, args).to(device)
@@ -499,8 +483,7 @@ def main(args: Args):
     # --- storage, allocated once
     obs = zeros(envs.single_observation_space, (T, N), device)
     actions = zeros(envs.single_action_space, (T, N), device)
-    labels = torch.zeros_like(actions) if args.bc_coef else None
-    expert = Expert(args, device) if args.bc_coef else None
+    labels = torch.zeros_like(actions)  # what the expert would have done
     rewards = torch.zeros(T, N, device=device)
     terminations = torch.zeros(T, N, dtype=torch.bool, device=device)
     truncations = torch.zeros(T, N, dtype=torch.bool, device=device)
@@ -512,7 +495,7 @@ def main(args: Args):
     # --- resume
     torch.manual_seed(seed)
     learned = {"agent": agent, "optimizer": optimizer}
-    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS)
+    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS, envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
         next_obs = to(run.own["next_obs"], device)
@@ -524,10 +507,11 @@ def main(args: Args):
     interrupt = checkpoint.Interrupt()
     warm_start = {}
     if args.bc_init and not args.resume:  # a resumed run goes on with PPO
-        warm = clone_expert(agent, args, envs, optimizer, learning_rate, next_obs, interrupt)
-        next_obs, warm_start = warm
+        next_obs, warm_start = clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt)
         own = {"envs": envs.state_dict(), "next_obs": next_obs}
-        run.save(own | {"next_start": next_start, "running_return": running_return}, "model_0.pt")
+        own |= {"next_start": next_start, "running_return": running_return}
+        run.save(own, "model_0.pt")
+        run.steps_per_second()  # counts from here
         if rank == 0 and not interrupt:
             with tolerant("the evaluation", run.dir):
                 write_json(run.dir / "eval" / "model_0.json", run_evaluation(agent, args, envs) | warm_start)
@@ -589,8 +573,9 @@ def main(args: Args):
             old_std = agent.std()
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs, "dists": b_dists}
         batch |= {"returns": b_returns, "values": b_values}
-        batch |= {"labels": flatten(labels)} if args.bc_coef else {}
-        bc_coef = torch.tensor(args.bc_coef * max(0.0, 1 - progress / max(args.bc_fade, 1e-9)), device=device)
+        if args.bc_coef:
+            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade)
+            batch |= {"labels": flatten(labels), "bc_coef": torch.full_like(b_values, bc_coef)}
 
         # --- update
         for _ in range(args.update_epochs):
@@ -601,7 +586,6 @@ def main(args: Args):
                 mb_advantages = normalise_advantages(mb_advantages)
             for mb_inds, advantages in zip(b_inds, mb_advantages, strict=True):
                 minibatch = take(batch, mb_inds) | {"advantages": advantages, "old_std": old_std}
-                minibatch |= {"bc_coef": bc_coef} if args.bc_coef else {}
                 stats = update(minibatch)
                 losses.add(stats)
             if args.target_kl and stats["kl"] > args.target_kl:
@@ -625,8 +609,7 @@ def main(args: Args):
             metrics["charts/action_std"] = agent.std().mean()
             metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
             metrics |= episodes.means()
-            names = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
-            metrics |= {new: metrics[name] for name, new in names.items() if name in metrics}  # Stable-Baselines3's
+            metrics |= {SB3_NAMES[name]: value for name, value in metrics.items() if name in SB3_NAMES}
             logger.log(metrics, run.global_step)
         logger.progress(run.global_step)
 
@@ -658,8 +641,8 @@ def main(args: Args):
         saved = "the final model is saved"
         with tolerant("policy.onnx", run.dir, saved):
             example = to(take(next_obs, slice(0, 1)), "cpu")
-            if isinstance(example, dict):  # the policy does not see the state
-                example.pop("state", None)
+            if agent.privileged:  # the policy does not see the state
+                example.pop("state")
             checkpoint.export_onnx(agent, example, run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")

@@ -28,3 +28,19 @@ class Replay:
     def sample(self, size: int) -> dict:
         """`size` rows, drawn evenly and with replacement from those that are kept."""
         return take(self.rows, torch.randint(min(self.count, self.capacity), (size,), device=self.device))
+
+
+def shifted(obs, reach: int):
+    """Observations whose pictures `pixels` (batch, height, width, channels), each for itself, are moved by up to
+    `reach` pixels; their borders are repeated.
+    """
+    if not reach:
+        return obs
+    pixels = obs["pixels"] if isinstance(obs, dict) else obs
+    each = torch.arange(len(pixels), device=pixels.device)[:, None]
+    by = torch.randint(-reach, reach + 1, (2, len(pixels), 1), device=pixels.device)
+    rows, columns = (
+        (torch.arange(n, device=by.device) + k).clamp(0, n - 1) for n, k in zip(pixels.shape[1:3], by, strict=True)
+    )
+    pixels = pixels[each[..., None], rows[:, :, None], columns[:, None, :]]
+    return obs | {"pixels": pixels} if isinstance(obs, dict) else pixels

@@ -125,6 +125,15 @@ REASONS = {
         **dict.fromkeys(range(32, 37), "No recurrent network yet."),
         37: "Actions are continuous.",
     },
+    "ppo_aloha_cnn.py": {
+        14: "The environment's part: episodes of random ages ({common/envs/aloha.py|random_phase}); objects lie anew.",
+        15: "The environment's part: ten physics steps per action, and one picture "
+        "({common/envs/aloha.py|CONTROL_DT, SUBSTEPS}).",
+        16: "An arm has no lives: success ends the episode, and a time limit is no failure.",
+        17: _NO_BUTTON,
+        **dict.fromkeys(range(32, 37), "No recurrent network; `--frame-stack` stacks pictures instead."),
+        37: "Actions are continuous.",
+    },
     "ppo_continuous_isaac.py": {
         14: "The adapter's part: first episodes of random ages ({common/envs/isaac.py|random_phase}).",
         15: "The task's part: its decimation or frame skip; no pixels.",
@@ -170,6 +179,29 @@ NOTES = {
         "standard deviation of 1 and has no limits.",
         26: "Of what the encoder gives, or of the state itself; ELU, and the widths of `--hidden`.",
         27: "The environment clips a copy at the bounds of its space.",
+        28: _OBSERVATIONS,
+        30: "The statistic takes in the whole rollout, of all ranks, before its rewards are scaled; the original's "
+        "moves with every step.",
+    },
+    "ppo_aloha_cnn.py": {
+        1: _RANKS,
+        4: _LEARNING_RATE,
+        5: _TIME_LIMIT,
+        7: _ADVANTAGES,
+        9: "Off in `--preset document`, as in Stable-Baselines3.",
+        10: _VALUE_LOSS,
+        11: _GRADIENTS,
+        12: _STATISTICS,
+        13: "The encoder is shared; `--critic state` gives the critic the true state and no encoder.",
+        18: "Off by default: colour tells peg from socket. The environment draws in the size that is observed.",
+        19: "Off by default (`--clip-reward`): the progress reward's sizes mean something.",
+        20: "The environment's part (`--frame-stack`), one by default; the joints are observed beside the picture.",
+        21: "The joints join the 512 features behind the linear layer; then actor and critic have an MLP each.",
+        24: "A parameter held between `--min-std` and 10, which starts at `--init-std`; the original starts at a "
+        "standard deviation of 1 and has no limits.",
+        26: "Behind the shared encoder; ELU, and the widths of `--hidden`, which are the document's.",
+        27: "With `delta` the environment clips a copy to [-1, 1] and the targets to their range; `absolute` is not "
+        "clipped, as in the package.",
         28: _OBSERVATIONS,
         30: "The statistic takes in the whole rollout, of all ranks, before its rewards are scaled; the original's "
         "moves with every step.",

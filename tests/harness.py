@@ -24,6 +24,7 @@ from common.logger import to_numbers
 
 ROOT = Path(__file__).parent.parent
 PIXELS = Dict({"rgb": Box(0, 255, (36, 36, 3), np.uint8), "proprio": Box(-np.inf, np.inf, (5,))})
+ALOHA = Dict({"pixels": Box(0, 255, (36, 36, 3), np.uint8), "agent_pos": Box(-np.inf, np.inf, (5,))})
 ACTIONS = {"box": Box(-1, 1, (3,)), "discrete": Discrete(4), "multi": MultiDiscrete([2, 3, 4])}
 
 
@@ -344,6 +345,47 @@ SCRIPTS = {
                 ("--headless", "--headless"),  # a flag of Isaac Lab's launcher, where there is no Isaac Lab
             ),
             syntax_errors=(("--activation gelu", "tanh"), ("--preset big", "isaac-ant")),
+        ),
+        Script(
+            name="ppo_aloha_cnn",
+            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), embedding=16, learning_rate=1e-3, init_std=1.0)
+            | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
+            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            environment={"AlohaEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            variants={"box": {}, "pixels": {"space": ALOHA}},
+            normalised={"norm_reward": True},
+            statistics="stats",
+            sources=("common/*.py", "common/envs/aloha*.py"),
+            flags=("--eval-episodes", 4, "--episode-steps", 5, "--obs-type", "state"),
+            size=("--num-envs", 4, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 2),
+            num_envs=4,
+            batch=64,
+            task="AlohaInsertion-v0",
+            preset="fast",
+            metrics=frozenset({"eval/success_rate", "rollout/ep_rew_mean", "rollout/ep_len_mean"}),
+            results=frozenset({"success_rate", "mean_reward", "mean_length"}),
+            exact={"state": ["--norm-reward"]},
+            evaluate="common.envs.aloha_eval.evaluate",
+            mistakes=(
+                ("--embedding 0", "--embedding"),
+                ("--min-std 2", "--min-std", "--init-std"),
+                ("--bc-minutes 0", "--bc-minutes"),
+                ("--bc-coef -1", "--bc-coef"),
+                ("--image-height 0", "--image-height"),
+            ),
+            syntax_errors=(("--obs-type sideways", "pixels_agent_pos"), ("--env-id Aloha", "AlohaTransferCube-v0")),
+            without=dict.fromkeys(
+                (
+                    "test_torchrun",
+                    "test_a_signal_finishes_the_iteration_and_saves",
+                    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
+                    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
+                    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
+                    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
+                    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
+                ),
+                SAME_CODE,
+            ),
         ),
         Script(
             name="ppo_multimodal_peginsert",
