@@ -348,7 +348,7 @@ SCRIPTS = {
         ),
         Script(
             name="ppo_aloha_cnn",
-            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), embedding=16, learning_rate=1e-3, init_std=1.0)
+            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), embedding=16, learning_rate=1e-3)
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
             | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
             environment={"AlohaEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},

@@ -179,7 +179,7 @@ class AlohaEnv(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": round(1 / CONTROL_DT)}
     metric_names = ("success", "highest_level", "mean_reward")
-    exact_resume = True
+    exact_resume = True  # `load_state_dict` restores all there is
 
     def __init__(self, num_envs: int = 1, device: str | torch.device = "cpu", seed: int = 1, **config):
         unknown = config.keys() - {f.name for f in fields(AlohaConfig)}
