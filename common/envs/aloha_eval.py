@@ -15,6 +15,8 @@ from common.storage import take, to
 
 Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions
 SEED = 10_000  # of evaluations, far from those of training
+FILM_SIZE = 360  # pixels a side of each of the two pictures
+FILM_DETAIL = 0.003  # m, what of the meshes is finer than this is not drawn
 MOST_ENVS = {"fast": 64, "gym-aloha": 8}  # environments at once
 
 
@@ -86,9 +88,10 @@ def report(policy: Policy, cfg: AlohaConfig, result: dict, run_dir: Path, name: 
 def record_video(policy: Policy, cfg: AlohaConfig, path: str | Path, episodes: int = 2, seed: int = SEED):
     """Whole episodes of one world from the package's camera `angle`, in real time, with what the policy sees beside it.
 
-    Returns the path of the mp4; where nothing can render, says so in one sentence and returns None.
+    Every second step is drawn. Returns the path of the mp4; where nothing can render, says so in one sentence and
+    returns None.
     """
-    from common.render import BatchedRenderer
+    from common.render import BatchedRenderer, decimate
     from common.video import find_gl, missing_gl_message, write_mp4
 
     if find_gl() is None:
@@ -97,18 +100,21 @@ def record_video(policy: Policy, cfg: AlohaConfig, path: str | Path, episodes: i
     device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
     settings = plain(cfg) | {"env_backend": "fast", "backend": "mujoco", "threads": 1, "critic": "pixels"}
     envs = AlohaEnv(1, "cpu", seed, **settings)
-    camera = BatchedRenderer(envs.model, 1, "angle", 480, 480, backend="mujoco", num_threads=1, samples=4)
+    model = decimate(envs.model, FILM_DETAIL)
+    camera = BatchedRenderer(model, 1, "angle", FILM_SIZE, FILM_SIZE, backend="mujoco", num_threads=1, samples=4)
 
     def frames() -> Iterable[np.ndarray]:
         obs, _ = envs.reset(seed=seed)
-        ended = 0
+        steps = ended = 0
         while ended < episodes:
-            yield np.concatenate((camera.render(envs.physics.qpos)[0].numpy(), seen(obs, 480)), 1)
+            if steps % 2 == 0:
+                yield np.concatenate((camera.render(envs.physics.qpos)[0].numpy(), seen(obs, FILM_SIZE)), 1)
             obs, _, _, _, info = envs.step(policy(to(obs, device)).cpu())
+            steps += 1
             ended += int(info["_episode"])
 
     try:
-        return write_mp4(path, frames(), envs.metadata["render_fps"])
+        return write_mp4(path, frames(), envs.metadata["render_fps"] / 2)
     finally:
         camera.close()
         envs.close()
