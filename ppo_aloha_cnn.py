@@ -217,12 +217,13 @@ class Agent(nn.Module):
         if space.shape is None or len(space.shape) == 3:  # detail 13: a shared encoder
             self.encoder = Encoder(space, args)
             width = self.encoder.width
-            vector, state = (space.spaces.get(name) if not space.shape else None for name in ("agent_pos", "state"))
+            parts = {} if space.shape else space.spaces
+            vector, state = parts.get("agent_pos"), parts.get("state")
         self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
         self.privileged = state is not None  # --critic state
         self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=nn.ELU)
-        if self.privileged:
+        if self.privileged:  # of states that are normalised in the critic itself
             self.critic = nn.Sequential(RunningMeanStd(state.shape[0], 1e-5), self.critic)
         self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode

@@ -364,7 +364,9 @@ SCRIPTS = {
             preset="fast",
             metrics=frozenset({"eval/success_rate", "rollout/ep_rew_mean", "rollout/ep_len_mean"}),
             results=frozenset({"success_rate", "mean_reward", "mean_length"}),
-            exact={"pixels": ["--obs-type", "pixels_agent_pos", "--critic", "state", "--bc-coef", 0.5, "--norm-reward"]},
+            exact={
+                "pixels": ["--obs-type", "pixels_agent_pos", "--critic", "state", "--bc-coef", 0.5, "--norm-reward"]
+            },
             evaluate="common.envs.aloha_eval.evaluate",
             mistakes=(
                 ("--embedding 0", "--embedding"),
