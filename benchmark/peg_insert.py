@@ -3,6 +3,8 @@
     python benchmark/peg_insert.py --variants state --seeds 1
     python benchmark/peg_insert.py --variants all rgb tactile blind --seeds 1 2 3
 
+    python benchmark/peg_insert.py --variants all --seeds 1 --run runs/...        # a run that was trained already
+
 Every variant is trained with the script's own preset and evaluated at five difficulties. Unknown flags go to
 ppo_multimodal_peginsert.py. Results of variants and seeds that were not asked for stay in the file.
 """
@@ -10,6 +12,7 @@ ppo_multimodal_peginsert.py. Results of variants and seeds that were not asked f
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import tools
 
@@ -30,8 +33,8 @@ CURVES = ("env/success", "env/difficulty", "charts/episodic_return", "charts/SPS
 
 
 def measure(run_dir, episodes: int) -> dict:
-    """The final policy at every difficulty, and the curves of its training."""
-    state = checkpoint.load(run_dir / "checkpoints" / "final_model.pt", ppo.SCRIPT)
+    """The last policy of a run at every difficulty, and the curves of its training."""
+    state = checkpoint.load(run_dir, ppo.SCRIPT)
     args = ppo.Args(**{name: v for name, v in state["args"].items() if name in ppo.Args.__dataclass_fields__})
     envs = PegInsertEnv(1, "cpu", cfg=args)
     agent = ppo.Agent(envs, args)
@@ -44,8 +47,7 @@ def measure(run_dir, episodes: int) -> dict:
         low, high = result["success_ci95"]
         print(f"  difficulty {level}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%})", flush=True)
     scalars = tools.read_scalars(run_dir)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    kept = {name: summary[name] for name in ("global_step", "iterations", "wall_seconds", "SPS", "peak_memory_mb")}
+    kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
     return {"levels": levels, "summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
 
 
@@ -54,17 +56,19 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["state"])
     parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--run", type=Path, help="folder of a finished or stopped run, instead of training one")
     args, flags = parser.parse_known_args()
     began, folder = time.time(), tools.new_folder(args, "peg_insert")
     file = args.out / "peg_insert.json"
     runs = json.loads(file.read_text())["figures"]["runs"] if file.exists() else {}
     for variant in args.variants:
         for seed in args.seeds:
-            run_dir = folder / f"{variant}_{seed}"
+            run_dir = args.run or folder / f"{variant}_{seed}"
             command = ["--seed", seed, "--log-dir", run_dir, *VARIANTS[variant], *flags]
             print(f"{variant}, seed {seed}", flush=True)
-            log = run_dir.with_suffix(".log")
-            tools.finish(tools.start("ppo_multimodal_peginsert.py", command, log), log)
+            if not args.run:
+                log = run_dir.with_suffix(".log")
+                tools.finish(tools.start("ppo_multimodal_peginsert.py", command, log), log)
             run = {"flags": [*VARIANTS[variant], *flags]} | measure(run_dir, args.episodes)
             runs.setdefault(variant, {})[str(seed)] = run
             tools.write(args, "peg_insert", args.seeds, None, began, {"runs": runs})

@@ -130,7 +130,7 @@ def spread(values) -> dict:
 def write(args, name: str, seeds: list[int], num_envs, began: float, figures: dict, versions: dict | None = None):
     """Writes `{name}.json`: how it was measured, and `figures`."""
     words = sys.argv[1:]
-    for flag in ("--out", "--runs"):  # they change no figure
+    for flag in ("--out", "--runs", "--run"):  # they change no figure
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
     for flag in ("--cleanrl", "--sb3"):  # where a peer lies is of no interest
