@@ -7,8 +7,8 @@
 Every combination of joint damping, dry friction, friction cone and physics: 0.002 s and Newton iterated until it
 converges, as other simulators of the robot have it, and the coarse physics of training. The deterministic policy walks
 for 20 s at each of 54 commands, vx -1 to 1.5 m/s with the trained vy and yaw rates. A fall is a roll or pitch beyond 30
-degrees; the 10 degrees that end an episode in training are counted apart. Elliptic cones at 0.002 s have the impratio
-of 100 that mujoco_menagerie's models set. Flags this script does not know go to ppo_go2_mujoco.py.
+degrees; the 10 degrees that end an episode in training are counted apart. Elliptic cones at 0.002 s have --impratio, by
+default the 100 that mujoco_menagerie's models set. Flags this script does not know go to ppo_go2_mujoco.py.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def measure(policy, cfg, physics: str, cone: str, damping: float, dry: float, ar
     changes = STILL | PHYSICS[physics] | {"cone": cone, "command_vx": COMMAND_VX, "termination_degrees": FALL_DEGREES}
     changes |= {"damping_range": (damping, damping), "frictionloss_range": (dry, dry)}
     if cone == "elliptic" and physics != "training":
-        changes["impratio"] = 100.0
+        changes["impratio"] = args.impratio
     if args.xml_path:
         changes["xml_path"] = str(args.xml_path)
     result = evaluate(policy, replace(cfg, **changes), "cpu", args.eval_episodes, tools.EVAL_SEED, COUNTS)
@@ -87,6 +87,7 @@ def main():
     parser.add_argument("--dampings", type=float, nargs="+", default=[0.1, 0.5, 2.0], help="Nm s/rad")
     parser.add_argument("--frictions", type=float, nargs="+", default=[0.0, 0.2, 1.0], help="dry friction, Nm")
     parser.add_argument("--cones", nargs="+", choices=["pyramidal", "elliptic"], default=["pyramidal", "elliptic"])
+    parser.add_argument("--impratio", type=float, default=100.0, help="of elliptic cones at 0.002 s")
     parser.add_argument("--physics", nargs="+", choices=list(PHYSICS), default=list(PHYSICS))
     parser.add_argument("--eval-episodes", type=int, default=108)
     args, flags = parser.parse_known_args()

@@ -20,7 +20,7 @@ def stand(obs):
 
 @pytest.fixture
 def args():
-    return Namespace(xml_path=None, eval_episodes=1)
+    return Namespace(xml_path=None, eval_episodes=1, impratio=100.0)
 
 
 def test_joints_and_physics_are_those_of_the_row(args, monkeypatch):
