@@ -36,7 +36,8 @@ def scalars(folder) -> dict:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_terminal_and_tensorboard(tmp_path, capsys):
+def test_terminal_and_tensorboard(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)  # another test may have imported it
     log = logger.Logger(tmp_path, Args(), total=1000)
     log.log(METRICS, 100)
     log.progress(500)

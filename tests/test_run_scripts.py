@@ -217,7 +217,7 @@ def test_ctrl_c_in_the_final_evaluation_ends_all_at_once(script, tmp_path):
         began = time.time()
         os.killpg(process.pid, signal.SIGINT)
         _, err = finish(process, 130, 60)
-        assert time.time() - began < 10
+        assert time.time() - began < 30  # the evaluation would go on for a minute or more; a busy machine took 11 s
         wait_for(lambda: alive(process.pid) == [], 10)
     finally:
         with contextlib.suppress(ProcessLookupError):
