@@ -24,7 +24,7 @@ import torch.nn as nn
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs import isaac_eval
-from common.envs.isaac import check_task, make_env
+from common.envs.isaac import make_env
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.logger import Logger, drop_run_dir, make_run_dir
@@ -36,34 +36,15 @@ ENV_SETTINGS = ("env_id",)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(num_envs=64),
-    "gpu": dict(num_envs=4096),
-    # CleanRL's sac_continuous_action.py, but one update of the actor per step where it makes two every second step.
-    "gymnasium": dict(
-        num_envs=1,
-        num_steps=64,
-        total_timesteps=1_000_000,
-        buffer_size=1_000_000,
-        save_replay=False,
-        learning_starts=5000,
-        updates_per_step=1,
-        batch_size=256,
-        gamma=0.99,
-        n_step=1,
-        tau=0.005,
-        policy_frequency=1,
-        learning_rate=3e-4,
-        critic_learning_rate=1e-3,
-        alpha_learning_rate=1e-3,
-        alpha=1.0,
-        target_entropy=-1.0,
-        log_std_min=-5.0,
-        log_std_max=2.0,
-        max_grad_norm=math.inf,
-        hidden=(256, 256),
-        activation="relu",
-        layer_norm=False,
-        norm_obs=False,
-    ),
+    "gpu": dict(
+        num_envs=4096, batch_size=8192, updates_per_step=4, tau=0.1, hidden=(512, 256, 128), distributional=True
+    )
+    | dict(buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000, learning_starts=40_960),
+    # CleanRL's sac_continuous_action.py, but an update of the actor per step where it makes two every second step.
+    "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
+    | dict(learning_starts=5000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
+    | dict(policy_frequency=1, learning_rate=3e-4, critic_learning_rate=1e-3, alpha_learning_rate=1e-3, alpha=1.0)
+    | dict(target_entropy=-1.0, log_std_max=2.0, activation="relu", layer_norm=False, norm_obs=False),
 }
 
 
@@ -282,7 +263,7 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, args.hidden, 2 * action_dim, args)
         self.critics = Critics(obs_dim, action_dim, args)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.log_std_min, self.log_std_max = args.log_std_min, args.log_std_max
         self.distributional, self.aggregation = args.distributional, args.critic_aggregation
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
@@ -673,11 +654,7 @@ if __name__ == "__main__":
         evaluate_checkpoint(args)
     else:
         if os.environ.get("RANK", "0") == "0":
-            if is_gymnasium(args):
-                try:
-                    check_task(args.env_id)  # a mistake leaves no empty folder behind
-                except ValueError as error:
-                    cli.fail(str(error))
+            make(args, 1, args.seed).close()  # a mistake leaves no empty folder behind
             args.log_dir = str(make_run_dir(args, args.env_id))
             what = f"{args.num_envs} environments, {args.ranks} ranks, {args.device}"
             print(f"{args.env_id}, preset {args.preset}: {what}, into {args.log_dir}")
