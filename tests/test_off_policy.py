@@ -308,7 +308,43 @@ def test_the_entropy_belongs_to_the_value_beyond(sac):
     torch.testing.assert_close(cost, 0.3 * logprob)
 
 
+# --- the actor of DDPG
+
+
+def test_the_actor_of_ddpg_by_hand():
+    ddpg = importlib.import_module("ddpg_real2sim_mjx")
+    agent, args = agent_of(ddpg)
+    obs = torch.randn(16, 3)
+    loss, stats = ddpg.actor_loss(agent, args, {"obs": obs})
+    actions = agent.actor(obs).tanh()
+    assert loss.item() == pytest.approx(-agent.critics(obs, actions).amin(0).mean().item(), rel=1e-5)
+    assert torch.equal(agent(obs), actions)  # what is evaluated has no noise
+    with torch.no_grad():
+        for p in agent.actor.parameters():
+            p += 0.3
+    next_actions, cost = agent.get_next_action(obs)
+    assert torch.equal(next_actions, actions) and not cost.any()  # the target actor is as the actor was
+    agent.update_target_actor(1.0)
+    assert torch.equal(agent.get_next_action(obs)[0], agent.actor(obs).tanh())
+
+
+def test_every_environment_of_ddpg_has_a_noise_of_its_own(script, run_ddpg, monkeypatch):
+    monkeypatch.setattr(script.ppo.Agent, "get_action", lambda self, obs: 0 * self.actor(obs))
+    run_ddpg(num_steps=300, num_iterations=1, learning_starts=0, noise_min=0.0, noise_max=0.4)
+    noise = kept()["actions"].std(0).mean(-1)
+    torch.testing.assert_close(noise, torch.linspace(0, 0.4, 6), atol=0.03, rtol=0)
+    assert kept()["actions"].abs().max() == 1.0  # clipped
+
+
 # --- main()
+
+
+@pytest.fixture
+def run_ddpg(script, run_main):
+    """`run_main`, for the script with noise of its own."""
+    if script.name != "ddpg_real2sim_mjx":
+        pytest.skip("its noise is learned")
+    return run_main
 
 
 @pytest.fixture
