@@ -25,6 +25,10 @@ from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
 from common.envs import isaac_eval
 from common.envs.isaac import make_env
+from common.envs.real2sim import ENV_SETTINGS as ROBOT_SETTINGS
+from common.envs.real2sim import Real2SimConfig, Real2SimEnv
+from common.envs.real2sim_eval import evaluate, plain
+from common.envs.real2sim_eval import record_video as film
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.logger import Logger, drop_run_dir, make_run_dir
@@ -32,7 +36,7 @@ from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 
 SCRIPT = "ddpg_real2sim_mjx"
-ENV_SETTINGS = ("env_id",)
+ENV_SETTINGS = ("env_id", *ROBOT_SETTINGS)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(num_envs=64),
@@ -49,7 +53,7 @@ PRESETS = {
 
 
 @dataclass
-class Args(cli.RunArgs):
+class Args(cli.RunArgs, Real2SimConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: gymnasium with an --env-id of Gymnasium, else gpu on a GPU and laptop without"""
     exp_name: str = SCRIPT  # name of the experiment
@@ -391,6 +395,9 @@ def check_args(args: Args):
 def make(args: Args, num_envs: int, seed: int, **more):
     """The task of `args`; a mistake of the user ends with one sentence."""
     try:
+        if not is_gymnasium(args):
+            threads = distributed.cores_per_rank()
+            return Real2SimEnv(num_envs, args.device, seed, plain(args), physics_threads=threads)
         envs = make_env(args.env_id, num_envs, args.device, seed, **more)
         if not isinstance(envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id} has discrete actions; this script takes continuous ones")
@@ -493,7 +500,7 @@ def main(args: Args):
 
         observed = []
         for _ in range(T):
-            # --- one step of all environments
+            # --- rollout: one step of all environments
             obs = next_obs
             if run.global_step < args.learning_starts:
                 actions = 2 * torch.rand_like(replay.actions[:, 0]) - 1
@@ -510,7 +517,7 @@ def main(args: Args):
             if collected < args.learning_starts:
                 continue
 
-            # --- updates
+            # --- update
             samples = replay.sample(args.updates_per_step * batch_size, args.n_step, args.gamma)
             samples["obs"] = agent.normalise(samples["obs"])
             samples["next_obs"] = agent.normalise(samples["next_obs"])
@@ -584,6 +591,9 @@ def main(args: Args):
 
 def run_evaluation(agent: Agent, args: Args, envs) -> dict:
     """`evaluate` of the deterministic policy in environments of their own."""
+    if not is_gymnasium(args):
+        result = evaluate(agent, args, envs.device, args.eval_episodes)
+        return result | {"score": result["success_rate"] + 1e-4 * result["mean_return"]}
     envs = make(args, min(args.eval_episodes, 16), args.seed)
     result = isaac_eval.evaluate(agent, envs, args.eval_episodes, args.seed + 10_000)
     envs.close()
@@ -592,6 +602,8 @@ def run_evaluation(agent: Agent, args: Args, envs) -> dict:
 
 def record_video(agent: Agent, args: Args, path: Path) -> Path | None:
     """The deterministic policy as an mp4, in an environment of its own."""
+    if not is_gymnasium(args):
+        return film(agent, args, path)
     make_envs = lambda: make_env(args.env_id, 1, args.device, args.seed, render_mode="rgb_array")  # noqa: E731
     return isaac_eval.record_video(agent, make_envs, path, args.seed + 20_000)
 

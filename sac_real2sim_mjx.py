@@ -528,7 +528,7 @@ def main(args: Args):
 
         observed = []
         for _ in range(T):
-            # --- one step of all environments
+            # --- rollout: one step of all environments
             obs = next_obs
             if run.global_step < args.learning_starts:
                 actions = 2 * torch.rand_like(replay.actions[:, 0]) - 1
@@ -545,7 +545,7 @@ def main(args: Args):
             if collected < args.learning_starts:
                 continue
 
-            # --- updates
+            # --- update
             samples = replay.sample(args.updates_per_step * batch_size, args.n_step, args.gamma)
             samples["obs"] = agent.normalise(samples["obs"])
             samples["next_obs"] = agent.normalise(samples["next_obs"])

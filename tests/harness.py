@@ -419,9 +419,32 @@ SCRIPTS = {
             ),
         ),
         Script(
+            name="ppo_real2sim_mjx",
+            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, norm_reward=False)
+            | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
+            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            environment={"Real2SimEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            normalised={"norm_reward": True},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
+            flags=("--eval-episodes", 4, "--max-episode-steps", 10),
+            size=("--num-envs", 4, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 2),
+            num_envs=4,
+            batch=64,
+            task="Real2Sim-v0",
+            preset="laptop",
+            metrics=frozenset({"eval/success_rate"}),
+            results=frozenset({"success_rate", "success_once_rate", "goal_distance"}),
+            exact={"full": ["--observation", "full", "--norm-reward"]},
+            evaluate="common.envs.real2sim_eval.evaluate",
+            mistakes=(("--goal-height 2 3", "--goal-height"), ("--min-std 2", "--min-std", "--init-std")),
+            syntax_errors=(("--observation sideways", "compact"),),
+            without=dict.fromkeys(ONCE, SAME_CODE),
+        ),
+        Script(
             name="sac_real2sim_mjx",
             tiny=OFF_POLICY,
             environment={"make": lambda args, num_envs, seed, **more: ScriptedEnv(num_envs, seed)},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
             flags=("--env-id", "InvertedPendulum-v5", "--eval-episodes", 4),
             size=("--num-envs", 4, "--num-steps", 16, *OFF_POLICY_SIZE),
             length=lambda n: ["--total-timesteps", n * 64],
@@ -436,6 +459,7 @@ SCRIPTS = {
             exact={
                 "twin": ["--norm-obs", "--save-replay", "--n-step", 3],
                 "c51": ["--norm-obs", "--save-replay", "--distributional", "--buffer-size", 200],
+                "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
             },
             evaluate="common.envs.isaac_eval.evaluate",
             mistakes=(
@@ -450,6 +474,7 @@ SCRIPTS = {
             name="ddpg_real2sim_mjx",
             tiny=OFF_POLICY,
             environment={"make": lambda args, num_envs, seed, **more: ScriptedEnv(num_envs, seed)},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
             flags=("--env-id", "InvertedPendulum-v5", "--eval-episodes", 4),
             size=("--num-envs", 4, "--num-steps", 16, *OFF_POLICY_SIZE),
             length=lambda n: ["--total-timesteps", n * 64],
@@ -464,6 +489,7 @@ SCRIPTS = {
             exact={
                 "twin": ["--norm-obs", "--save-replay", "--n-step", 3],
                 "c51": ["--norm-obs", "--save-replay", "--distributional", "--buffer-size", 200],
+                "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
             },
             evaluate="common.envs.isaac_eval.evaluate",
             mistakes=(*OFF_POLICY_MISTAKES, ("--noise-min 2", "--noise-min", "--noise-max")),
