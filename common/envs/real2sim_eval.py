@@ -41,7 +41,8 @@ def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: i
     result = {"episodes": len(columns["r"]), "seed": seed, "mean_return": mean_return}
     result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
     result |= rates(columns)
-    result["goal_distance"] = columns["goal_distance"].mean().item()
+    for name in sorted(columns.keys() - {"r", *RATES}):
+        result[{"l": "mean_length"}.get(name, name)] = columns[name].mean().item()
     return result
 
 
