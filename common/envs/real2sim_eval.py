@@ -1,9 +1,9 @@
-"""Evaluation and film of a policy for pick-and-place of scanned objects."""
+"""Evaluation and film of a policy for pick-and-place."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.envs.real2sim import Real2SimConfig, Real2SimEnv, build_model
@@ -12,38 +12,46 @@ from common.stats import mean_ci95, wilson_ci95
 
 Policy = Callable[[torch.Tensor], torch.Tensor]  # raw observations -> actions
 SEED = 10_000  # of evaluations, far from those of training
+RATES = ("success", "success_once", "fallen")
 
 
 @torch.no_grad()
 def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: int = SEED) -> dict:
     """Success and return of `policy` in at least `episodes` fresh episodes.
 
-    `success_rate`: the object is at the goal when the time is up; `success_once_rate`: it was at some moment. Rates
-    have Wilson's 95% interval beside them.
+    `success_rate`: the object is at the goal when the episode ends; `success_once_rate`: it was at some moment. Rates
+    have Wilson's 95% interval beside them. Every environment plays the same number of whole episodes, since counting
+    those that end first would favour the short ones.
     """
     num_envs = min(episodes, 128)
     rounds = -(-episodes // num_envs)
     envs = Real2SimEnv(num_envs, device, seed, plain(cfg))
-    counts = torch.zeros(num_envs, device=envs.device)
-    found = []
     obs, _ = envs.reset(seed=seed)
-    while counts.min() < rounds:  # every environment as often, or short episodes would count more
-        obs, _, terminated, truncated, info = envs.step(policy(obs))
-        done = terminated | truncated
-        counted = done & (counts < rounds)
-        found.append({name: value[counted].float().cpu() for name, value in info["episode"].items()})
-        counts += done
+    played = torch.zeros(num_envs, dtype=torch.long, device=envs.device)
+    found = []
+    while bool((played < rounds).any()):
+        obs, _, _, _, info = envs.step(policy(obs))
+        counted = info["_episode"] & (played < rounds)
+        played = played + info["_episode"]
+        if counted.any():
+            found.append({name: value[counted].float().cpu() for name, value in info["episode"].items()})
     envs.close()
-    columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    count = len(columns["r"])
+    columns = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
     mean_return, half_width = mean_ci95(columns["r"])
-    result = {"episodes": count, "seed": seed, "mean_return": mean_return}
+    result = {"episodes": len(columns["r"]), "seed": seed, "mean_return": mean_return}
     result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
-    for name in ("success", "success_once"):
-        hits = int(columns[name].sum())
-        result |= {f"{name}_rate": hits / count, f"{name}_ci95": list(wilson_ci95(hits, count))}
-    for name in sorted(columns.keys() - {"r", "success", "success_once"}):
+    result |= rates(columns)
+    for name in sorted(columns.keys() - {"r", *RATES}):
         result[{"l": "mean_length"}.get(name, name)] = columns[name].mean().item()
+    return result
+
+
+def rates(columns: dict[str, torch.Tensor]) -> dict:
+    """{name}_rate and {name}_ci95 of the columns named in RATES, each (episodes,) of zeros and ones."""
+    result = {}
+    for name in RATES:
+        hits, count = int(columns[name].sum()), len(columns[name])
+        result |= {f"{name}_rate": hits / count, f"{name}_ci95": list(wilson_ci95(hits, count))}
     return result
 
 
@@ -67,9 +75,9 @@ def report(policy: Policy, cfg: Real2SimConfig, result: dict, run_dir: Path, nam
 
 
 @torch.no_grad()
-def record_video(policy: Policy, cfg: Real2SimConfig, path: str | Path, episodes: int = 3, seed: int = SEED):
-    """Whole episodes of one robot on the CPU, in real time. Returns the path of the mp4; where nothing can render,
-    says so in one sentence and returns None.
+def record_video(policy: Policy, cfg: Real2SimConfig, path: str | Path, episodes: int = 4, seed: int = SEED):
+    """Whole episodes of one robot on the CPU at 25 frames/s, in real time. Returns the path of the mp4; where nothing
+    can render, says so in one sentence and returns None.
     """
     from common.render import BatchedRenderer
     from common.video import find_gl, missing_gl_message, write_mp4
@@ -78,21 +86,23 @@ def record_video(policy: Policy, cfg: Real2SimConfig, path: str | Path, episodes
         print(missing_gl_message(), flush=True)
         return None
     device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
-    settings = replace(plain(cfg), backend="mujoco")
-    envs = Real2SimEnv(1, "cpu", seed, settings, physics_threads=1)
-    camera = BatchedRenderer(build_model(settings, visual=True), 1, "front", 480, 480, per_world=("mocap_pos",))
+    envs = Real2SimEnv(1, "cpu", seed, plain(cfg), physics_threads=1, backend="mujoco")
+    camera = BatchedRenderer(build_model(envs.cfg, visual=True), 1, "front", 384, 512, per_world=("mocap_pos",))
 
-    def frames():
+    def frames() -> Iterable[np.ndarray]:
         obs, _ = envs.reset(seed=seed)
         ended = 0
-        while ended < episodes:
-            camera.fields["mocap_pos"].copy_(envs.goal.view(1, 1, 3))
-            yield camera.render(envs.physics.qpos)[0].numpy()
-            obs, _, terminated, truncated, _ = envs.step(policy(obs.to(device)).cpu())
-            ended += int(terminated | truncated)
+        for step in range(episodes * envs.cfg.max_episode_steps):
+            if step % 2 == 0:
+                camera.fields["mocap_pos"][:, 0] = envs.goal
+                yield camera.render(envs.physics.qpos)[0].numpy()
+            obs, _, _, _, info = envs.step(policy(obs.to(device)).cpu())
+            ended += int(info["_episode"])
+            if ended == episodes:
+                return
 
     try:
-        return write_mp4(path, frames(), envs.metadata["render_fps"])
+        return write_mp4(path, frames(), envs.metadata["render_fps"] // 2)
     finally:
         camera.close()
         envs.close()
