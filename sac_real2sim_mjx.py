@@ -14,6 +14,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +24,9 @@ import torch.nn as nn
 
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
-from common.envs import isaac_eval
+from common.envs import isaac_eval, real2sim_eval
 from common.envs.isaac import make_env
-from common.envs.real2sim import ENV_SETTINGS as ROBOT_SETTINGS
-from common.envs.real2sim import Real2SimConfig, Real2SimEnv
-from common.envs.real2sim_eval import evaluate, plain
-from common.envs.real2sim_eval import record_video as film
+from common.envs.real2sim import ENV_SETTINGS, Real2SimConfig, Real2SimEnv
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.logger import Logger, drop_run_dir, make_run_dir
@@ -36,7 +34,6 @@ from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 
 SCRIPT = "sac_real2sim_mjx"
-ENV_SETTINGS = ("env_id", *ROBOT_SETTINGS)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(num_envs=64),
@@ -419,7 +416,7 @@ def make(args: Args, num_envs: int, seed: int, **more):
     try:
         if not is_gymnasium(args):
             threads = distributed.cores_per_rank()
-            return Real2SimEnv(num_envs, args.device, seed, plain(args), physics_threads=threads)
+            return Real2SimEnv(num_envs, args.device, seed, cfg=args, physics_threads=threads)
         envs = make_env(args.env_id, num_envs, args.device, seed, **more)
         if not isinstance(envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id} has discrete actions; this script takes continuous ones")
@@ -501,7 +498,7 @@ def main(args: Args):
     torch.manual_seed(seed)
     learned = {"agent": agent, "optimizer": critic_optimizer}
     learned |= {"actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
-    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS, envs.exact_resume)
+    run = checkpoint.Run(SCRIPT, args, learned, ("env_id", *ENV_SETTINGS), envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
         next_obs = run.own["next_obs"].to(device)
@@ -620,7 +617,7 @@ def main(args: Args):
 def run_evaluation(agent: Agent, args: Args, envs) -> dict:
     """`evaluate` of the deterministic policy in environments of their own."""
     if not is_gymnasium(args):
-        result = evaluate(agent, args, envs.device, args.eval_episodes)
+        result = real2sim_eval.evaluate(agent, args, envs.device, args.eval_episodes)
         return result | {"score": result["success_rate"] + 1e-4 * result["mean_return"]}
     envs = make(args, min(args.eval_episodes, 16), args.seed)
     result = isaac_eval.evaluate(agent, envs, args.eval_episodes, args.seed + 10_000)
@@ -631,13 +628,15 @@ def run_evaluation(agent: Agent, args: Args, envs) -> dict:
 def record_video(agent: Agent, args: Args, path: Path) -> Path | None:
     """The deterministic policy as an mp4, in an environment of its own."""
     if not is_gymnasium(args):
-        return film(agent, args, path)
-    make_envs = lambda: make_env(args.env_id, 1, args.device, args.seed, render_mode="rgb_array")  # noqa: E731
+        return real2sim_eval.record_video(agent, args, path)
+    make_envs = partial(make_env, args.env_id, 1, args.device, args.seed, render_mode="rgb_array")
     return isaac_eval.record_video(agent, make_envs, path, args.seed + 20_000)
 
 
 def report(agent: Agent, args: Args, result: dict, run_dir: Path, name: str, save_video: bool):
     """Writes the figures of an evaluation, and a video."""
+    if not is_gymnasium(args):
+        return real2sim_eval.report(agent, args, result, run_dir, name, save_video)
     write_json(run_dir / "eval" / f"{name}.json", result)
     if save_video:
         record_video(agent, args, run_dir / "videos" / f"{name}.mp4")
