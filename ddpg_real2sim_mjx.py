@@ -36,7 +36,7 @@ from common.provenance import run_info
 SCRIPT = "ddpg_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(num_envs=64),
+    "laptop": dict(observation="full", eval_interval=50, eval_episodes=256),
     "gpu": dict(
         num_envs=4096, batch_size=8192, updates_per_step=4, tau=0.1, hidden=(512, 256, 128), distributional=True
     )
@@ -45,7 +45,7 @@ PRESETS = {
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=25_000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
     | dict(policy_frequency=2, learning_rate=3e-4, critic_learning_rate=3e-4, noise_min=0.1, noise_max=0.1)
-    | dict(activation="relu", layer_norm=False, norm_obs=False),
+    | dict(activation="relu", layer_norm=False, norm_obs=False, anneal_lr=False),
 }
 
 
@@ -59,20 +59,20 @@ class Args(cli.RunArgs, Real2SimConfig):
     num_envs: int = 64  # parallel environments, over all ranks
     num_steps: int = 16  # steps per environment and iteration
     num_iterations: int = 0  # iterations to train for (0: those of --total-timesteps)
-    total_timesteps: int = 2_000_000  # environment steps to train for (0: those of --num-iterations)
+    total_timesteps: int = 600_000  # environment steps to train for (0: those of --num-iterations)
     buffer_size: int = 500_000  # steps in the replay buffer, over all environments
     save_replay: bool = True
     """checkpoints hold the replay buffer, so that a resumed run is the same run; without, it is filled anew"""
-    learning_starts: int = 10_000  # environment steps with random actions before the first update (CleanRL)
-    updates_per_step: int = 2  # updates of the critics per step of all environments (FastTD3, PQL)
-    batch_size: int = 512  # samples per update, over all ranks
+    learning_starts: int = 6400  # environment steps with random actions before the first update (CleanRL)
+    updates_per_step: int = 4  # updates of the critics per step of all environments (FastTD3, PQL)
+    batch_size: int = 256  # samples per update, over all ranks
     gamma: float = 0.97  # discount (0.97 in FastSAC and FastTD3, 0.99 in PQL and CleanRL)
     n_step: int = 3  # rewards summed before the target critic takes over (3 in PQL, 1 in FastSAC and CleanRL)
     tau: float = 0.01  # share of the critics in the target critics' step (0.005 CleanRL, 0.05 PQL, 0.1 FastTD3)
     policy_frequency: int = 2  # updates of the critics per update of the actor (2 in TD3 and FastTD3, 4 in FastSAC)
     learning_rate: float = 3e-4  # Adam's step size for the actor
     critic_learning_rate: float = 3e-4  # Adam's step size for the critics
-    anneal_lr: bool = False  # let the learning rates fall linearly to zero
+    anneal_lr: bool = True  # let the learning rates fall linearly to zero
     noise_min: float = 0.05  # standard deviation of the exploration noise in the first environment (PQL)
     noise_max: float = 0.8  # in the last one; those between are spread evenly (PQL: mixed exploration)
     num_critics: int = 2  # independent critics (Fujimoto et al. 2018, arXiv 1802.09477)
