@@ -36,7 +36,7 @@ from common.provenance import run_info
 SCRIPT = "ddpg_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(observation="full", eval_interval=50, eval_episodes=256),
+    "laptop": dict(observation="full", eval_interval=100, eval_episodes=256, checkpoint_interval=100),
     "gpu": dict(
         num_envs=4096, batch_size=8192, updates_per_step=4, tau=0.1, hidden=(512, 256, 128), distributional=True
     )
