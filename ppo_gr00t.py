@@ -6,9 +6,9 @@
     python ppo_gr00t.py --model-path nvidia/GR00T-N1.5-3B --tune lora --precision bf16
     python ppo_gr00t.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 
-The action head is a flow: it integrates a velocity from noise to a chunk of actions in K steps. PPO needs the probability
-of what was drawn, so the integration is made a stochastic one with the same marginals (Flow-SDE, arXiv 2510.25889), whose
-steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured.
+The action head is a flow: it integrates a velocity from noise to a chunk of actions in K steps. PPO needs the
+probability of what was drawn, so the integration is made a stochastic one with the same marginals (Flow-SDE, arXiv
+2510.25889), whose steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured.
 """
 
 import math
@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_map
 
 from common import checkpoint, cli, demos, distributed, gr00t
 from common.cuda_graph import CudaGraph
@@ -32,11 +31,10 @@ from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
-from common.storage import FinalObs, flatten, in_chunks, put, take, to
+from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, take, to, zeros_like
 
 SCRIPT = "ppo_gr00t"
 GROUPS = ("critic", "lora", "projector", "dit", "adapter", "llm", "vision")  # parts of the model, in unfreezing order
-STATISTICS = ("state", "action")
 TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit", "adapter"]}
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
@@ -47,13 +45,8 @@ PRESETS = {
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
     | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
-    | dict(
-        learning_rate=5e-6,
-        critic_learning_rate=1e-4,
-        critic_iterations=2,
-        micro_batch_size=32,
-        critic_hidden=(2048, 1024, 512),
-    ),
+    | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
+    | dict(micro_batch_size=32),
 }
 
 
@@ -71,9 +64,9 @@ class Args(cli.RunArgs, PickConfig):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """what the network runs in (autocast) and frozen weights are kept in; what is trained, and all sums, in float32"""
     tune: Literal["head", "lora", "projector", "all"] = "head"
-    """what PPO trains beside the critic: projector: encoders and decoder of state and action; head: also the DiT and the
-    attention over vision and language; lora: low-rank adapters on the DiT's attention; all: also the top of the language
-    model and the vision model"""
+    """what PPO trains beside the critic: projector: encoders and decoder of state and action; head: also the DiT and
+    the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of the
+    language model and the vision model"""
     unfreeze_schedule: tuple[str, ...] = ()
     """in place of --tune: parts and the iterations at which they begin to learn, such as critic:0 lora:2 dit:50"""
     lora_rank: int = 16  # rank of the low-rank adapters
@@ -194,14 +187,9 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
-def padded(x, width):
-    """(..., n) to (..., width), with zeros."""
-    return nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
 class FlowAgent(nn.Module):
-    """GR00T as a policy with probabilities. An observation is what `encode` makes of the environment's: features that do
-    not depend on what is trained, so that the update need not compute them again. A normalised action is -1 to 1.
+    """GR00T as a policy with probabilities. An observation is what `encode` makes of the environment's: features that
+    do not depend on what is trained, so that the update need not compute them again. Normalised actions are -1 to 1.
     """
 
     def __init__(self, envs, args: Args):
@@ -216,13 +204,16 @@ class FlowAgent(nn.Module):
             gr00t.checkpoint_blocks(self.model)
         self.model.eval()  # dropout alone would make the ratio anything
         head = self.model.action_head
-        self.num_flow_steps, self.horizon, self.width = (
-            head.num_inference_timesteps,
-            head.action_horizon,
-            head.action_dim,
-        )
+        self.num_flow_steps = head.num_inference_timesteps  # K
+        self.horizon, self.width = head.action_horizon, head.action_dim
         self.chunk, self.action_dim = envs.single_action_space.shape
         self.state_dim, self.state_width = spaces["state"].shape[0], head.config.max_state_dim
+        for what, size, most in (
+            ("actions of", self.action_dim, self.width),
+            ("states of", self.state_dim, self.state_width),
+            ("--chunk", self.chunk, self.horizon),
+        ):
+            cli.check(size <= most, f"{args.env_id} has {what} {size}; GR00T takes at most {most}")
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
         self.llm_layers = args.llm_layers
         self.sde_steps = args.sde_steps
@@ -230,9 +221,8 @@ class FlowAgent(nn.Module):
         ids, mask = gr00t.token_table(self.model, args.model, INSTRUCTIONS, len(self.cameras))
         self.register_buffer("token_ids", ids)
         self.register_buffer("token_mask", mask)
-        for name, width in zip(STATISTICS, (self.state_dim, self.action_dim), strict=True):
-            self.register_buffer(f"{name}_low", torch.full((width,), -1.0))
-            self.register_buffer(f"{name}_high", torch.full((width,), 1.0))
+        self.register_buffer("state_range", torch.zeros(2, self.state_dim))  # what is mapped to -1 and to 1
+        self.register_buffer("action_range", torch.zeros(2, self.action_dim))
         noisy = torch.zeros(self.horizon, self.width)
         noisy[: self.chunk, : self.action_dim] = 1
         self.register_buffer("noisy", noisy)  # the part of the model's output that is executed, and gets noise
@@ -267,29 +257,31 @@ class FlowAgent(nn.Module):
 
     # --- statistics and padding
 
-    def set_statistics(self, ranges: dict):
-        """{"state": (2, state_dim), "action": (2, action_dim)}: what is mapped to -1 and to 1."""
-        for name, (low, high) in ranges.items():
-            expected = len(getattr(self, f"{name}_low"))
-            what = f"--model got statistics of {len(low)} components of the {name}, the task has {expected}"
-            cli.check(len(low) == expected, f"{what}; give --demos, from which they are taken")
-            getattr(self, f"{name}_low").copy_(low)
-            getattr(self, f"{name}_high").copy_(high)
+    def set_statistics(self, state, action):
+        """The least and the greatest of each component, (2, state_dim) and (2, action_dim): mapped to -1 and to 1."""
+        for name, found in (("state", state), ("action", action)):
+            expected = getattr(self, f"{name}_range")
+            sizes = f"statistics of {found.shape[1]} components of the {name}, the task has {expected.shape[1]}"
+            cli.check(found.shape == expected.shape, f"--model got {sizes}; take those of --demos, with another model")
+            expected.copy_(found)
 
     def statistics(self) -> dict:
-        return {name: torch.stack((getattr(self, f"{name}_low"), getattr(self, f"{name}_high"))) for name in STATISTICS}
+        return {"state": self.state_range, "action": self.action_range}
 
-    def normalise_state(self, state):  # (batch, state_dim) -> (batch, 1, 64)
-        span = (self.state_high - self.state_low).clamp(min=1e-6)
-        return padded((2 * (state - self.state_low) / span - 1).clamp(-3, 3), self.state_width)[:, None]
+    def normalise_state(self, state):  # (batch, state_dim) -> (batch, 1, 64), padded with zeros
+        low, high = self.state_range
+        state = (2 * (state - low) / (high - low).clamp(min=1e-6) - 1).clamp(-3, 3)
+        return nn.functional.pad(state, (0, self.state_width - self.state_dim))[:, None]
 
-    def normalise_action(self, action):
-        return 2 * (action - self.action_low) / (self.action_high - self.action_low) - 1
+    def normalise_action(self, action):  # of the environment, (batch, chunk, action_dim)
+        low, high = self.action_range
+        return 2 * (action - low) / (high - low) - 1
 
     def to_env(self, action):
         """A normalised chunk, or what `sample` gives, to the environment's (batch, chunk, action_dim)."""
         action = action["action"] if isinstance(action, dict) else action
-        return self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
+        low, high = self.action_range
+        return low + (action + 1) / 2 * (high - low)
 
     # --- the network, under autocast; what it gives is float32
 
@@ -298,11 +290,9 @@ class FlowAgent(nn.Module):
 
     def backbone(self, obs):  # -> (batch, tokens, width)
         rows = obs["instruction"]
-        inputs = {"eagle_input_ids": self.token_ids[rows], "eagle_attention_mask": self.token_mask[rows]}
-        inputs["eagle_pixel_values"] = gr00t.pixel_values(self.model, [obs[name] for name in self.cameras])
-        inputs["eagle_image_sizes"] = None
+        pictures = [obs[name] for name in self.cameras]
         with self.autocast():
-            return self.model.backbone.forward_eagle(inputs)[0].to(self.dtype)
+            return gr00t.features(self.model, self.token_ids[rows], self.token_mask[rows], pictures).to(self.dtype)
 
     def adapter(self, features):
         with self.autocast():
@@ -338,10 +328,10 @@ class FlowAgent(nn.Module):
     # --- the Flow-SDE
 
     def transition(self, context, state, x, step, noise):
-        """Mean of x after the integration's `step` (batch,), and std, where `noise` (batch,) is 1: (batch, horizon, width).
+        """Mean and std of x after the integration's `step` (batch,), with noise where `noise` (batch,) is 1.
 
-        With x0 = x - t v and x1 = x + (1 - t) v the step is x0 (1 - t' - s^2 dt / (2 (1 - t))) + x1 t' + s sqrt(dt) eps,
-        t' = t + dt. Without noise it is x + dt v, Euler's, and so it is outside of what is executed.
+        With x0 = x - t v, x1 = x + (1 - t) v and t' = t + dt it is x0 (1 - t' - s^2 dt / (2 (1 - t))) + x1 t', plus
+        s sqrt(dt) eps. Without noise that is x + dt v, Euler's step, and so it is outside of what is executed.
         """
         K = self.num_flow_steps
         v = self.velocity(context, state, x, step * self.model.action_head.num_timestep_buckets // K)
@@ -353,7 +343,7 @@ class FlowAgent(nn.Module):
 
     @torch.no_grad()
     def integrate(self, context, state, x, noise):
-        """x (batch, horizon, width) at each of the K + 1 times, with noise in the steps where (batch, K) `noise` is 1."""
+        """x (batch, horizon, width) at the K + 1 times, with noise in the steps where (batch, K) `noise` is 1."""
         points = [x]
         for k in range(self.num_flow_steps):
             step = torch.full((len(x),), k, device=x.device)
@@ -362,8 +352,8 @@ class FlowAgent(nn.Module):
         return torch.stack(points, 1)
 
     def sample(self, obs):
-        """A chunk to execute, `action`, and what its probability depends on: of each noisy `step` where it began, `x`, and
-        where it led, `next`: (batch, noisy steps, ...). detail 23: Gaussian actions, each step's
+        """A chunk to execute, `action`, and what its probability depends on: of each noisy `step` where it began, `x`,
+        and where it led, `next`: (batch, noisy steps, ...).
         """
         K, batch = self.num_flow_steps, len(obs["state"])
         context = self.context(obs)
@@ -371,7 +361,7 @@ class FlowAgent(nn.Module):
         step = torch.arange(K, device=x.device).expand(batch, K)
         if self.sde_steps == "one":
             step = torch.randint(K, (batch, 1), device=x.device)
-        noise = torch.zeros(batch, K, device=x.device).scatter_(1, step, 1.0)
+        noise = torch.zeros(batch, K, device=x.device).scatter_(1, step, 1.0)  # detail 23: Gaussian, in each such step
         points = self.integrate(context, obs["state"], x, noise)
         rows = torch.arange(batch, device=x.device)[:, None]
         drawn = {"step": step, "x": points[rows, step], "next": self.executed(points[rows, step + 1])}
@@ -457,8 +447,8 @@ class FlowAgent(nn.Module):
 
 
 class Agent(nn.Module):
-    """Gaussian actions. --policy mlp: of a state (batch, obs_dim), normalised. --policy gaussian-residual, with `flow`: on
-    top of the action of the frozen GR00T, of what its critic sees.
+    """Gaussian actions. --policy mlp: of a state (batch, obs_dim), normalised. --policy gaussian-residual, with `flow`:
+    around the action of the frozen GR00T, of what its critic sees.
     """
 
     def __init__(self, envs, args: Args, flow: FlowAgent | None = None):
@@ -634,8 +624,8 @@ def ppo_loss(agent, args, minibatch):
 
 
 def flow_matching_loss(flow: FlowAgent, obs, actions):
-    """Of encoded observations and normalised chunks (batch, chunk, dim): the squared error of the velocity on the line from
-    noise to data, on what is executed alone (Lipman et al. 2023, arXiv 2210.02747), at times drawn as GR00T's were.
+    """Of encoded observations and normalised chunks (batch, chunk, dim): the squared error of the velocity on the line
+    from noise to data (Lipman et al. 2023, arXiv 2210.02747), of what is executed, at times drawn as GR00T's were.
     """
     config = flow.model.action_head.config
     beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
@@ -653,7 +643,7 @@ def clone_expert(flow, args, envs, interrupt):
     device = envs.device
     start = said = time.time()
     data = to(demos.collect(envs, Expert(), math.ceil(args.demos / args.ranks), interrupt), device)
-    flow.set_statistics({name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
+    flow.set_statistics(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
     learning_rate = torch.tensor(args.bc_learning_rate, device=device)
     optimizer = FlatAdam(flow.parameters(), learning_rate)
@@ -732,7 +722,7 @@ def learn_task(flow, args, envs, interrupt) -> dict:
     """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
     known = gr00t.read_statistics(args.model, args.embodiment)
     if known:
-        flow.set_statistics({name: torch.tensor(known[name]) for name in STATISTICS})
+        flow.set_statistics(torch.tensor(known["state"]), torch.tensor(known["action"]))
     if known.get("task") == args.env_id:
         print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
         return {}
@@ -746,21 +736,6 @@ def learn_task(flow, args, envs, interrupt) -> dict:
         with tolerant("the warm start", folder):
             gr00t.save(gr00t.merged(flow.model), folder, flow.statistics(), args.env_id)
     return done
-
-
-def micro_batches(minibatch: dict, size: int) -> list[dict]:
-    """`minibatch` in parts of at most `size` rows (0: whole), all of one size if possible."""
-    rows = len(minibatch["logprobs"])
-    if not 0 < size < rows:
-        return [minibatch]
-    each = {name: value for name, value in minibatch.items() if name != "old_std"}
-    parts = [take(each, slice(i, i + size)) for i in range(0, rows, size)]
-    return [part | {"old_std": minibatch["old_std"]} for part in parts]
-
-
-def storage_like(tree, num_steps: int):
-    """Zeros (num_steps, ...) for each tensor of `tree`."""
-    return tree_map(lambda x: x.new_zeros(num_steps, *x.shape), tree)
 
 
 def stage_at(parts_by_iteration: dict[int, list[str]], iteration: int) -> int:
@@ -860,7 +835,7 @@ def main(args: Args):
     else:
         raw_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
         next_obs = agent.encode(raw_obs)  # what the agent makes of the environment's, as it is stored
-    obs = storage_like(next_obs, T)
+    obs = zeros_like(next_obs, T)
     actions = None
     if warm_start:
         own = {"envs": envs.state_dict(), "raw_obs": raw_obs, "next_obs": next_obs}
@@ -884,7 +859,7 @@ def main(args: Args):
             optimizers = make_optimizers()
             run.learned = {"agent": agent} | dict(zip(("optimizer", "critic_optimizer"), optimizers, strict=False))
             next_obs = agent.encode(raw_obs)
-            obs = storage_like(next_obs, T)
+            obs = zeros_like(next_obs, T)
 
         # --- anneal
         if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
@@ -894,7 +869,7 @@ def main(args: Args):
         for t in range(T):
             put(obs, t, next_obs)
             action = policy(next_obs)
-            actions = storage_like(action, T) if actions is None else actions
+            actions = zeros_like(action, T) if actions is None else actions
             put(actions, t, action)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
             raw_obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(action))
@@ -1011,7 +986,7 @@ def main(args: Args):
 
 
 def run_evaluation(agent, args: Args, envs) -> dict:
-    """`evaluate` of the deterministic policy in environments of their own, the flow's initial noise from a fixed seed."""
+    """`evaluate` of the deterministic policy in environments of their own, the flow from the same noise each time."""
     flow = getattr(agent, "flow", agent)
     if flow:
         flow.generator = torch.Generator().manual_seed(0)

@@ -34,8 +34,8 @@ def collect(envs, expert, number: int, interrupt=False) -> dict:
 
 
 def ranges(demos: dict, still: float = 0.1) -> dict:
-    """{"state": (2, state_dim), "action": (2, action_dim)}: the least and the greatest of each component; -1 and 1 for one
-    of an action that moves less than `still`.
+    """{"state": (2, state_dim), "action": (2, action_dim)}: the least and the greatest of each component; of one of the
+    action that moves less than `still`, -1 and 1.
     """
     actions = demos["actions"].flatten(0, -2)
     found = {"state": demos["obs"]["state"].aminmax(dim=0), "action": actions.aminmax(dim=0)}

@@ -246,7 +246,7 @@ def load(source: str) -> nn.Module:
             network, found = from_pretrained(
                 groot_n1.GR00TN15, str(folder), local_model_path=str(folder), output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of JSON, of safetensors, of a configuration that lacks something: a dozen types
         first = str(error).strip().partition("\n")[0]
         fail(f"--model got {source!r}, which cannot be read as GR00T N1.5 ({first})")
     absent = found["missing_keys"]
@@ -259,7 +259,7 @@ def load(source: str) -> nn.Module:
 
 
 def save(network: nn.Module, folder: str | Path, statistics: dict[str, torch.Tensor], task: str):
-    """Writes what `load` and `read_statistics` read: the model, the ranges of {"state", "action"}, the task it learned."""
+    """Writes what `load` and `read_statistics` read: the model, the ranges of state and action, the task it learned."""
     folder = Path(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         network.save_pretrained(folder, safe_serialization=True)
@@ -378,7 +378,7 @@ def image_size(network: nn.Module) -> int:
 
 
 def pixel_values(network: nn.Module, pictures: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures of each camera, uint8 (batch, height, width, 3), to float32 (batch * cameras, 3, size, size), -1 to 1."""
+    """Each camera's uint8 (batch, height, width, 3) to float32 (batch * cameras, 3, size, size) from -1 to 1."""
     pixels = torch.stack(pictures, 1).flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
     size = image_size(network)
     if pixels.shape[-2:] != (size, size):
@@ -393,6 +393,12 @@ def checkpoint_blocks(network: nn.Module):
     for stack in (network.action_head.model, network.action_head.vl_self_attention):
         for block in stack.transformer_blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def features(network: nn.Module, ids: torch.Tensor, mask: torch.Tensor, pictures: list[torch.Tensor]) -> torch.Tensor:
+    """The backbone's, of pictures as `pixel_values` takes and rows of the token table: (batch, length, width)."""
+    inputs = {"eagle_input_ids": ids, "eagle_attention_mask": mask, "eagle_image_sizes": None}
+    return network.backbone.forward_eagle(inputs | {"eagle_pixel_values": pixel_values(network, pictures)})[0]
 
 
 def add_lora(network: nn.Module, rank: int):
