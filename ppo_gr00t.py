@@ -1022,7 +1022,7 @@ if __name__ == "__main__":
         else:
             if os.environ.get("RANK", "0") == "0":
                 args.log_dir = str(make_run_dir(args, args.env_id))
-                what = f"--policy {args.policy}, {args.num_envs} environments, {args.ranks} ranks, {args.device}"
+                what = f"{args.num_envs} environments, {args.ranks} ranks, {args.device}, --policy {args.policy}"
                 print(f"preset {args.preset}: {what}, into {args.log_dir}")
             distributed.launch(main, args, args.ranks)
     except torch.cuda.OutOfMemoryError:
