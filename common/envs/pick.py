@@ -357,8 +357,8 @@ class PickEnv(VectorEnv):
         yaw, zero = self.target[:, 3], torch.zeros_like(self.target[:, 3])
         cos, sin = torch.cos(yaw), torch.sin(yaw)
         upright = torch.stack((cos, sin, zero, sin, -cos, zero, zero, zero, zero - 1), 1).view(-1, 3, 3)
-        reached, rotation, J = self._targeted
-        error = torch.cat((self.target[:, :3] - reached, rotation_error(upright, rotation)), 1)
+        turn = rotation_error(upright, self.reached_rotation)
+        error, J = torch.cat((self.target[:, :3] - self.reached, turn), 1), self.reached_jacobian
         home = NULL_GAIN * (self._home - self.joint_target)
         wanted = error[..., None] - J @ home[..., None]
         change, _ = torch.linalg.solve_ex(J @ J.transpose(1, 2) + self._damping, wanted)
@@ -372,33 +372,47 @@ class PickEnv(VectorEnv):
 
     # --- state and observation
 
-    def _read_state(self):
-        N, qpos, qvel = self.num_envs, self.physics.qpos.float(), self.physics.qvel.float()
-        self.q, self.qd = qpos[:, :7], qvel[:, :7]
-        frames = Frames(torch.cat((self.q, self.joint_target)))
-        place = frames.point(TCP)
-        # Where the joints' targets bring the hand, how it is turned there, and the Jacobian.
-        self._targeted = place[N:], frames.rotation[N:], frames.jacobian(TCP)[N:]
-        self.tcp = place[:N]
-        x_axis = frames.rotation[:N, :, 0]
-        self.yaw = torch.atan2(x_axis[:, 1], x_axis[:, 0])
-        self.width = qpos[:, 7] + qpos[:, 8]  # m between the pads
-        poses = qpos[:, 9:].view(N, self.num_cubes, 7)
-        self.cubes = poses[..., :3]
-        w, x, y, z = poses[..., 3:].unbind(2)
-        self.cube_yaw = torch.atan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
-        self.cube_speed = qvel[:, 9:12].norm(dim=1)  # m/s, of cube 0
+    def _read_state(self, rows: torch.Tensor | None = None):
+        """Brings what follows from the physics up to date, in all worlds or in `rows` (k,)."""
+        for name, value in self._derive(slice(None) if rows is None else rows).items():
+            if rows is None:
+                setattr(self, name, value)
+            else:
+                getattr(self, name)[rows] = value  # no step has returned these tensors
 
-        offset = self.cubes - self.tcp[:, None]
-        between = offset.norm(dim=2) < NEAR
-        lifted = between & (self.cubes[..., 2] > CUBE / 2 + LIFTED)
-        self.grasped = between[:, 0] & ((self.width - CUBE).abs() < 0.004)
-        self.lifts_wrong_cube = lifted[:, 1:].any(1)
-        self.put = self._pad_of[self.instruction] >= 0  # the instruction names a pad
-        on_pad = (self.cubes[:, 0, :2] - self.pads[:, 0]).abs().amax(1) < ON_PAD
-        lies = (self.cubes[:, 0, 2] < CUBE / 2 + 0.01) & (self.cube_speed < STILL)
-        let_go = self.width > CUBE + LET_GO
-        self.succeeded = torch.where(self.put, on_pad & lies & let_go, lifted[:, 0])
+    def _derive(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+        qpos, qvel = self.physics.qpos[rows].float(), self.physics.qvel[rows].float()
+        K = len(qpos)
+        frames = Frames(torch.cat((qpos[:, :7], self.joint_target[rows])))
+        place, jacobian = frames.point(TCP), frames.jacobian(TCP)
+        tcp, x_axis = place[:K], frames.rotation[:K, :, 0]
+        width = qpos[:, 7] + qpos[:, 8]
+        poses = qpos[:, 9:].view(K, self.num_cubes, 7)
+        cubes = poses[..., :3]
+        w, x, y, z = poses[..., 3:].unbind(2)
+        between = (cubes - tcp[:, None]).norm(dim=2) < NEAR
+        lifted = between & (cubes[..., 2] > CUBE / 2 + LIFTED)
+        put = self._pad_of[self.instruction[rows]] >= 0
+        on_pad = (cubes[:, 0, :2] - self.pads[rows, 0]).abs().amax(1) < ON_PAD
+        lies = (cubes[:, 0, 2] < CUBE / 2 + 0.01) & (qvel[:, 9:12].norm(dim=1) < STILL)
+        let_go = width > CUBE + LET_GO
+        return {
+            "q": qpos[:, :7],  # rad
+            "qd": qvel[:, :7],  # rad/s
+            "tcp": tcp,  # m
+            "yaw": torch.atan2(x_axis[:, 1], x_axis[:, 0]),  # rad, of the hand
+            "width": width,  # m between the pads
+            "cubes": cubes,  # m
+            "cube_yaw": torch.atan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z)),  # rad
+            "put": put,  # the instruction names a pad
+            "grasped": between[:, 0] & ((width - CUBE).abs() < 0.004),
+            "lifts_wrong_cube": lifted[:, 1:].any(1),
+            "succeeded": torch.where(put, on_pad & lies & let_go, lifted[:, 0]),
+            # Where the joints' targets bring the hand, how it is turned there, and the Jacobian.
+            "reached": place[K:],
+            "reached_rotation": frames.rotation[K:],
+            "reached_jacobian": jacobian[K:],
+        }
 
     def proprioception(self) -> torch.Tensor:
         """(num_envs, PROPRIO_DIM): joint angles 7 (rad) and velocities 7 (rad/s), position of the hand's end-effector
@@ -487,48 +501,59 @@ class PickEnv(VectorEnv):
 
     def _reset(self, mask: torch.Tensor):
         """Begins an episode where `mask`: instruction, colours and places at random, as far as the difficulty says."""
-        N, difficulty = self.num_envs, self.cfg.difficulty
+        # Only for those who need it; which they are, a GPU cannot say without stalling the queue.
+        everyone = torch.arange(self.num_envs, device=self.device)
+        rows = everyone if self.device.type == "cuda" else mask.nonzero()[:, 0]
+        K, difficulty = len(rows), self.cfg.difficulty
         draw = lambda *shape: torch.rand(shape, generator=self.generator, device=self.device)  # noqa: E731
-        full = draw(N, 1) < difficulty  # a scene with several cubes and pads
-        cube_colour = draw(N, len(COLOURS)).argsort(1)[:, :MOST_CUBES]
-        pad_colour = draw(N, len(COLOURS)).argsort(1)[:, :PADS]
-        puts, third = draw(N, 2).unbind(1)
-        puts = full[:, 0] & (puts < 0.5)
-        first = torch.ones_like(full)
-        cube_there = torch.cat((first, full, full & (third[:, None] < 0.5)), 1)
-        pick, put = cube_colour[:, 0], len(COLOURS) * (1 + cube_colour[:, 0]) + pad_colour[:, 0]
+        full = draw(K, 1) < difficulty  # a scene with several cubes and pads
+        cube_colour = draw(K, len(COLOURS)).argsort(1)[:, :MOST_CUBES]
+        pad_colour = draw(K, len(COLOURS)).argsort(1)[:, :PADS]
+        puts = full[:, 0] & (draw(K) < 0.5)
+        third = full & (draw(K, 1) < 0.5)
+        cube_there = torch.cat((torch.ones_like(full), full, third), 1)
+        pick = cube_colour[:, 0]
+        put = len(COLOURS) * (1 + pick) + pad_colour[:, 0]
 
         half_width = self._tensor(RANGE_EASY) * (1 - difficulty) + self._tensor(RANGE_HARD) * difficulty
-        alone = self._tensor(CENTRE) + half_width * self._uniform(N, 2)
-        cell = draw(N, 6).argsort(1)[:, : MOST_CUBES + PADS]
+        alone = self._tensor(CENTRE) + half_width * self._uniform(K, 2)
+        things = MOST_CUBES + PADS
+        cell = draw(K, 6).argsort(1)[:, :things]
         middle = torch.stack((cell % 2 - 0.5, cell // 2 - 1.0), 2) * self._tensor(CELL) + self._tensor(CENTRE)
-        place = middle + CELL_NOISE * self._uniform(N, MOST_CUBES + PADS, 2)
+        place = middle + CELL_NOISE * self._uniform(K, things, 2)
         place[:, 0] = torch.where(full, place[:, 0], alone)
-        away = self._tensor(AWAY) + self._tensor([[0.0, 0.2 * i] for i in range(MOST_CUBES + PADS)])
-        there = torch.cat((cube_there, full.expand(N, PADS)), 1)
+        away = self._tensor([(AWAY[0], AWAY[1] + 0.2 * i) for i in range(things)])
+        there = torch.cat((cube_there, full.expand(K, PADS)), 1)
         place = torch.where(there[..., None], place, away)
-        half_yaw = difficulty * math.pi / 8 * self._uniform(N, MOST_CUBES)
+        half_yaw = difficulty * math.pi / 8 * self._uniform(K, MOST_CUBES)
 
-        q = self._home + START_NOISE * self._uniform(N, 7)
+        q = self._home + START_NOISE * self._uniform(K, 7)
         zero = torch.zeros_like(half_yaw)
         height = torch.full_like(half_yaw, CUBE / 2)[..., None]
         quaternion = torch.stack((torch.cos(half_yaw), zero, zero, torch.sin(half_yaw)), 2)
         poses = torch.cat((place[:, :MOST_CUBES], height, quaternion), 2)[:, : self.num_cubes]
-        qpos = torch.cat((q, torch.full((N, 2), FINGER_OPEN, device=self.device), poses.reshape(N, -1)), 1)
-        self.physics.reset(mask, qpos, torch.zeros(N, self.model.nv, device=self.device))
-        for name, value in (
-            ("instruction", torch.where(puts, put, pick)),
-            ("cube_colour", torch.where(cube_there, cube_colour, -1)),
-            ("pad_colour", torch.where(full, pad_colour, -1)),
-            ("pads", place[:, MOST_CUBES:]),
-            ("joint_target", q),
-            *((name, torch.zeros_like(getattr(self, name))) for name in ("episode_length", "phase", "returns")),
-            *((name, torch.zeros_like(getattr(self, name))) for name in ("grasped_once", "wrong_cube")),
-        ):
-            setattr(self, name, _where(mask, value, getattr(self, name)))
-        self._read_state()
-        self.target = _where(mask, torch.cat((self.tcp, self.yaw[:, None]), 1), self.target)
-        self.potential = torch.where(mask, self._potential(), self.potential)
+        fingers = torch.full((K, 2), FINGER_OPEN, device=self.device)
+        qpos = self.physics.qpos.clone()
+        qpos[rows] = self._cast(torch.cat((q, fingers, poses.reshape(K, -1)), 1))
+        self.physics.reset(mask, qpos, torch.zeros_like(self.physics.qvel))
+
+        def begin(name: str, value):
+            old = getattr(self, name)
+            new = old.clone()
+            new[rows] = value
+            setattr(self, name, _where(mask, new, old))
+
+        begin("instruction", torch.where(puts, put, pick))
+        begin("cube_colour", torch.where(cube_there, cube_colour, -1))
+        begin("pad_colour", torch.where(full, pad_colour, -1))
+        begin("pads", place[:, MOST_CUBES:])
+        begin("joint_target", q)
+        for name in ("episode_length", "phase", "returns", "grasped_once", "wrong_cube"):
+            begin(name, 0)
+        self._read_state(None if self.num_envs == K else rows)
+        begin("target", torch.cat((self.tcp, self.yaw[:, None]), 1)[rows])
+        if self.cfg.reward == "dense":
+            self.potential = torch.where(mask, self._potential(), self.potential)
         if self.renderer is not None:
             self.paint(self.renderer)
 
