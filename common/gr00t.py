@@ -136,7 +136,8 @@ def tiny(width: int = 64, layers: int = 2) -> tuple[dict, dict]:
 
 def missing() -> str:
     """The first of GR00T's packages that is not installed, or ""."""
-    return next((name for name in NEEDS if importlib.util.find_spec(name) is None), "")
+    absent = (name for name in NEEDS if name not in sys.modules and importlib.util.find_spec(name) is None)
+    return next(absent, "")
 
 
 @functools.cache
