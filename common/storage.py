@@ -23,6 +23,11 @@ def put(storage, index, value):
         storage[index] = value
 
 
+def zeros_like(tree, num_steps: int):
+    """Zeros (num_steps, ...) for every tensor of `tree`: storage of what has no space."""
+    return tree_map(lambda x: x.new_zeros(num_steps, *x.shape), tree)
+
+
 def take(tree, index):
     """`tree[index]`, in every tensor of a dict."""
     if isinstance(tree, dict):  # written out, as this is called for every minibatch
@@ -49,6 +54,15 @@ def in_chunks(function, size: int, *trees):
     parts = [tree_flatten(function(*chunk)) for chunk in chunks]
     columns = zip(*(leaves for leaves, _ in parts), strict=True)
     return tree_unflatten([None if column[0] is None else torch.cat(column) for column in columns], parts[0][1])
+
+
+def micro_batches(minibatch: dict, size: int) -> list[dict]:
+    """`minibatch` in parts of at most `size` rows (0: whole); what has no rows, `old_std`, is in each."""
+    rows = len(minibatch["logprobs"])
+    if not 0 < size < rows:
+        return [minibatch]
+    by_row = {name: value for name, value in minibatch.items() if name != "old_std"}
+    return [take(by_row, slice(i, i + size)) | {"old_std": minibatch["old_std"]} for i in range(0, rows, size)]
 
 
 class FinalObs:

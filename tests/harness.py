@@ -497,6 +497,49 @@ SCRIPTS = {
             without=dict.fromkeys(ONCE, SAME_CODE),
         ),
         Script(
+            name="ppo_gr00t",
+            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, policy="mlp", observation="state")
+            | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
+            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            environment={"PickEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            statistics="stats",
+            sources=("common/*.py", "common/envs/pick*.py"),
+            flags=("--policy", "mlp", "--eval-episodes", 4, "--max-episode-steps", 10),
+            size=("--num-envs", 4, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 2),
+            num_envs=4,
+            batch=64,
+            task="Pick-v0",
+            preset="mlp",
+            metrics=frozenset({"eval/success_rate"}),
+            results=frozenset({"success_rate", "mean_length"}),
+            exact={"mlp": []},
+            evaluate="common.envs.pick_eval.evaluate",
+            mistakes=(
+                ("--policy mlp --min-std 2", "--min-std", "--init-std"),
+                ("--policy mlp --observation images", "--observation", "state"),
+                ("--observation state", "--observation", "images"),
+                ("--chunk 1", "--chunk", "2 or more"),
+                ("--compile", "--compile", "--policy mlp"),
+                ("--noise-level 0", "--noise-level"),
+                ("--unfreeze-schedule legs:3", "--unfreeze-schedule", "legs:3", "adapter"),
+                ("--env-id gym_aloha/AlohaInsertion-v0", "--env-id", "Pick-v0"),
+                ("--difficulty 2", "--difficulty"),
+            ),
+            syntax_errors=(("--policy sideways", "gaussian-residual"), ("--tune everything", "lora")),
+            without=dict.fromkeys(
+                (
+                    "test_torchrun",
+                    "test_a_signal_finishes_the_iteration_and_saves",
+                    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
+                    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
+                    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
+                    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
+                    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
+                ),
+                SAME_CODE,
+            ),
+        ),
+        Script(
             name="ppo_multimodal_peginsert",
             tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, norm_reward=False)
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
