@@ -34,8 +34,8 @@ from common.storage import FinalObs, flatten, in_chunks, put, take, zeros
 SCRIPT = "ppo_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(num_envs=128, num_iterations=600, hidden=(256, 128)),
-    "gpu": dict(num_envs=4096, num_iterations=500),
+    "laptop": dict(observation="full", num_envs=128, num_iterations=600, hidden=(256, 128)),
+    "gpu": dict(observation="full", num_envs=4096, num_iterations=500),
 }
 
 
