@@ -283,6 +283,7 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_flag(args, args.env_id == "Real2Sim-v0", "env_id", "Real2Sim-v0")
+    cli.check_flag(args, args.observation != "rgb", "observation", "compact or full, as this script has no CNN")
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
     cli.check_compiler(args)

@@ -395,6 +395,7 @@ def is_gymnasium(args: Args) -> bool:
 def check_args(args: Args):
     robots = args.env_id.startswith(("Isaac", "Mjlab"))
     cli.check_flag(args, not robots, "env_id", "Real2Sim-v0 or an id of Gymnasium")
+    cli.check_flag(args, args.observation != "rgb", "observation", "compact or full, as this script has no CNN")
     cli.check_ranges(args)
     for name in ("updates_per_step", "batch_size", "n_step", "policy_frequency", "num_critics"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
