@@ -45,6 +45,8 @@ TERMS = {"reach": 0.15, "grasp": 0.15, "lift": 0.15, "place": 0.25, "success": 0
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 MASSES = ("body_mass", "body_inertia", "body_subtreemass")  # proportional to the object's mass, and the inverse of it:
 INVERSE_MASSES = ("body_invweight0", "dof_invweight0")
+# Fields that differ between objects and matter to the C engine alone, if at all.
+C_ONLY = {"bvh_aabb", "geom_sameframe", "dof_M0", "dof_length", "cam_poscom0", "light_poscom0"}
 RANDOMISED = ("mass", "friction", "restitution", "damping")
 
 
@@ -151,15 +153,17 @@ class Real2SimEnv(VectorEnv):
         names |= {"pair_friction"} if cfg.friction != (1, 1) else set()
         names |= {"pair_solref"} if cfg.restitution != (0, 0) else set()
         names |= {"actuator_biasprm"} if cfg.damping != (1, 1) else set()
-        if backend == "warp":  # its collisions need no bounding volumes
-            names -= {"bvh_aabb", "geom_aabb", "dof_M0"}
+        if backend != "mujoco":
+            names -= C_ONLY
         contacts, rows = (24, 96) if is_box(cfg) else (96, 400)
         self.physics = BatchedMujoco(
             self.model, self.num_envs, self.device, backend, physics_threads, tuple(sorted(names)), contacts, rows
         )
         # (variants or 1, ...) of each field, as the worlds hold it.
         self._tables = {
-            name: torch.as_tensor(tables.get(name, getattr(self.model, name)[None]), device=self.device).to(field.dtype)
+            name: torch.as_tensor(tables.get(name, getattr(self.model, name)[None]), device=self.device)
+            .to(field.dtype)
+            .view(-1, *field.shape[1:])
             for name, field in self.physics.fields.items()
         }
         self._body, self._dof = self.model.body("object").id, int(self.model.joint("object").dofadr[0])
@@ -272,7 +276,7 @@ class Real2SimEnv(VectorEnv):
         self.rest_height = self._rest_heights[self.variant]
         fingers, speed = self.q[:, 7:], self.qd[:, 7:]
         force = self._gain * (fingers - self.target[:, 7:]) + self._damping * speed  # N, of the servos, closing
-        self.held = ((force > HELD_FORCE) & (speed.abs() < HELD_SPEED)).all(1)  # nothing but an object stops a finger
+        self.held = ((force > HELD_FORCE) & (speed.abs() < HELD_SPEED)).all(1)  # only an object stops both
         xy = self.object[:, :2]
         self.fallen = ((xy < self._table_min) | (xy > self._table_max)).any(1)
 

@@ -16,8 +16,8 @@ TENSORS += ("grasp_point", "to_object", "to_goal", "goal", "goal_distance", "hel
 class Real2SimConfig:
     """The environment's flags."""
 
-    backend: Literal["auto", "mujoco", "warp"] = "auto"
-    """physics engine: C thread pool (mujoco), MuJoCo Warp, or auto: warp on CUDA, mujoco on a CPU"""
+    backend: Literal["auto", "mujoco", "warp", "mjx"] = "auto"
+    """physics engine: C thread pool (mujoco), MuJoCo Warp, MJX (JAX), or auto: warp on CUDA, mujoco on a CPU"""
     objects: tuple[str, ...] = ("box",)
     """scans (STL, OBJ, PLY), or box, mug, bunny, bottle, which need no file; each episode has one of them"""
     held_out: tuple[str, ...] = ()

@@ -21,8 +21,8 @@ def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: i
     """Success and return of `policy` in at least `episodes` fresh episodes, on the objects it was trained on.
 
     `success_rate`: the object is at the goal when the episode ends; `success_once_rate`: it was at some moment. Rates
-    have Wilson's 95% interval beside them. With several objects, `objects` holds the rates of each; with `cfg.held_out`,
-    `held_out` holds those of as many episodes on these.
+    have Wilson's 95% interval beside them. With several objects, `objects` holds the rates of each; with
+    `cfg.held_out`, `held_out` holds those of as many episodes on these.
     """
     columns = play(policy, plain(cfg), device, episodes, seed)
     mean_return, half_width = mean_ci95(columns["r"])
@@ -42,8 +42,8 @@ def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: i
 
 @torch.no_grad()
 def play(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: int) -> dict[str, torch.Tensor]:
-    """{metric: (episodes,)}, with `object`, the index into cfg.objects. Every environment plays the same number of whole
-    episodes, since counting those that end first would favour the short ones.
+    """{metric: (episodes,)}, with `object`, the index into cfg.objects. Every environment plays the same number of
+    whole episodes, since counting those that end first would favour the short ones.
     """
     num_envs = min(episodes, 128)
     rounds = -(-episodes // num_envs)

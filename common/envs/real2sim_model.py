@@ -124,7 +124,8 @@ def _compile(cfg, objects: list[ScannedObject], visual: bool) -> list[mujoco.MjM
         geom.contype = geom.conaffinity = 0  # what may touch is listed below, so the solver looks at nothing else
         geom.mass = 0
     for part in ("left_pad", "right_pad", "palm"):
-        _add_pair(spec, part, "table", 0.5)
+        # Without friction: fingers that the table could stop would pass for fingers that hold something.
+        _add_pair(spec, part, "table", 0.0, condim=1)
     for part, friction in FRICTION.items():
         for piece in pieces:
             # A mesh touches a pad in a point or two, about which it would turn like a top.
