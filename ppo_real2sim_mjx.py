@@ -34,8 +34,8 @@ from common.storage import FinalObs, flatten, in_chunks, put, take, zeros
 SCRIPT = "ppo_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(num_envs=128, num_iterations=600, hidden=(256, 128)),
-    "gpu": dict(num_envs=4096, num_iterations=500),
+    "laptop": dict(observation="full", num_envs=128, num_iterations=600, hidden=(256, 128)),
+    "gpu": dict(observation="full", num_envs=4096, num_iterations=500),
 }
 
 
@@ -283,6 +283,7 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_flag(args, args.env_id == "Real2Sim-v0", "env_id", "Real2Sim-v0")
+    cli.check_flag(args, args.observation != "rgb", "observation", "compact or full, as this script has no CNN")
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
     cli.check_compiler(args)

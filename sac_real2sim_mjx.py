@@ -37,10 +37,9 @@ SCRIPT = "sac_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(observation="full", eval_interval=100, eval_episodes=256, checkpoint_interval=100),
-    "gpu": dict(
-        num_envs=4096, batch_size=8192, updates_per_step=4, tau=0.1, hidden=(512, 256, 128), distributional=True
-    )
-    | dict(buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000, learning_starts=40_960),
+    "gpu": dict(observation="full", num_envs=4096, batch_size=8192, tau=0.1, hidden=(512, 256, 128))
+    | dict(distributional=True, buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000)
+    | dict(learning_starts=40_960, checkpoint_interval=100),
     # CleanRL's sac_continuous_action.py, but an update of the actor per step where it makes two every second step.
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=5000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
@@ -396,6 +395,7 @@ def is_gymnasium(args: Args) -> bool:
 def check_args(args: Args):
     robots = args.env_id.startswith(("Isaac", "Mjlab"))
     cli.check_flag(args, not robots, "env_id", "Real2Sim-v0 or an id of Gymnasium")
+    cli.check_flag(args, args.observation != "rgb", "observation", "compact or full, as this script has no CNN")
     cli.check_ranges(args)
     for name in ("updates_per_step", "batch_size", "n_step", "policy_frequency", "num_critics"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
@@ -499,7 +499,7 @@ def main(args: Args):
     torch.manual_seed(seed)
     learned = {"agent": agent, "optimizer": critic_optimizer}
     learned |= {"actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
-    run = checkpoint.Run(SCRIPT, args, learned, ("env_id", *ENV_SETTINGS), envs.exact_resume)
+    run = checkpoint.Run(SCRIPT, args, learned, ("env_id", "buffer_size", *ENV_SETTINGS), envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
         next_obs = run.own["next_obs"].to(device)

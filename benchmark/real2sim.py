@@ -2,6 +2,7 @@
 
     python benchmark/real2sim.py --algorithms sac --seeds 1 2 3
     python benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
+    python benchmark/real2sim.py --algorithms cleanrl --seeds 1                # SAC as in CleanRL, beside ours
     python benchmark/real2sim.py --algorithms sac --seeds 1 --run runs/...     # a run that was trained already
 
 Every run has its script's own preset and is evaluated on the way (`--eval-interval`), which costs minutes that are
@@ -22,7 +23,11 @@ from common import checkpoint
 from common.envs.real2sim import Real2SimEnv
 from common.envs.real2sim_eval import evaluate, plain
 
-ALGORITHMS = {"sac": "tab:blue", "ppo": "tab:orange", "ddpg": "tab:green"}
+COLOURS = {"sac": "tab:blue", "ppo": "tab:orange", "ddpg": "tab:green", "cleanrl": "tab:red"}
+# {name: (script, flags beside its preset's)}; cleanrl: what its sac_continuous_action.py does, at eight environments
+ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
+CLEANRL = ["--preset", "gymnasium", "--num-envs", 8, "--observation", "full", "--eval-interval", 100]
+ALGORITHMS["cleanrl"] = ("sac_real2sim_mjx", [*CLEANRL, "--total-timesteps", 300_000])
 GOAL = 0.9  # success that counts as learned
 
 
@@ -60,7 +65,7 @@ def plot(runs: dict, path: Path):
             for number, run in enumerate(seeds.values()):
                 last = run["summary"] | {"success_rate": run["evaluation"]["success_rate"]}
                 points = [{"steps": 0, "minutes": 0, "success_rate": 0.0}, *run["curve"], last]
-                style = {"color": ALGORITHMS[algorithm], "label": algorithm.upper() if number == 0 else None}
+                style = {"color": COLOURS[algorithm], "label": algorithm if number == 0 else None}
                 axes.plot([p[key] / scale for p in points], [p["success_rate"] for p in points], **style)
         axes.axhline(GOAL, color="grey", linewidth=0.8, linestyle="--")
         axes.set(xlabel=label, ylim=(0, 1.02), xlim=(0, None))
@@ -73,7 +78,7 @@ def plot(runs: dict, path: Path):
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=["sac", "ppo", "ddpg"])
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--run", type=Path, help="folder of a finished or stopped run, instead of training one")
     args, flags = parser.parse_known_args()
@@ -81,15 +86,15 @@ def main():
     file = args.out / "real2sim.json"
     runs = json.loads(file.read_text())["figures"]["runs"] if file.exists() else {}
     for algorithm in args.algorithms:
-        script = f"{algorithm}_real2sim_mjx"
+        script, own = ALGORITHMS[algorithm]
         for seed in args.seeds:
             run_dir = args.run or folder / f"{algorithm}_{seed}"
             print(f"{algorithm}, seed {seed}", flush=True)
             if not args.run:
                 log = run_dir.with_suffix(".log")
-                command = ["--seed", seed, "--log-dir", run_dir, *flags]
+                command = ["--seed", seed, "--log-dir", run_dir, *own, *flags]
                 tools.finish(tools.start(f"{script}.py", command, log), log)
-            run = {"flags": flags} | measure(run_dir, script, args.episodes)
+            run = {"flags": [*own, *flags]} | measure(run_dir, script, args.episodes)
             runs.setdefault(algorithm, {})[str(seed)] = run
             tools.write(args, "real2sim", args.seeds, None, began, {"runs": runs})
             plot(runs, args.out / "real2sim.png")

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.files import atomic
 
-VERSION = 2  # of what this file makes of a scan; part of the cache's key
+VERSION = 3  # of what this file makes of a scan; part of the cache's key
 SUFFIXES = (".stl", ".obj", ".ply")
 SIZES = (0.01, 0.5)  # m, the largest side of what a hand can be asked to hold
 AUTO_SIZE = 0.1  # m, the largest side that a scan of unknown units is given
@@ -145,7 +145,9 @@ def repair(mesh, source: str, notes: list[str]):
         trimesh.repair.fix_normals(holed)
         if holed.is_volume:
             added = len(holed.faces) - len(mesh.faces)
-            notes.append(f"not closed: {added} triangles fill its holes" if added else "its normals were turned outwards")
+            notes.append(
+                f"not closed: {added} triangles fill its holes" if added else "its normals were turned outwards"
+            )
             return holed
     solid = _manifold(holed)
     if solid is not None:
@@ -172,7 +174,6 @@ def _without_crumbs(mesh, notes: list[str]):
 def _manifold(mesh):
     """manifold3d's reading of `mesh` as a trimesh.Trimesh, or None where it finds no solid."""
     import manifold3d
-    import trimesh
 
     given = manifold3d.Mesh(np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces, np.uint32))
     given.merge()
@@ -227,7 +228,9 @@ def _surface(points: np.ndarray, source: str, notes: list[str]):
         mesh.invert()
     mesh = _without_crumbs(mesh, notes)
     if not mesh.is_volume:
-        raise ValueError(f"--objects: {source} could not be made a closed surface; fill its gaps in the scanner's software")
+        raise ValueError(
+            f"--objects: {source} could not be made a closed surface; fill its gaps in the scanner's software"
+        )
     return mesh
 
 
@@ -268,7 +271,9 @@ def _decompose(name: str, source: str, mesh, notes: list[str]) -> ScannedObject:
     ratio = _union_volume(found) / volume
     low, high = VOLUME_LIMITS
     if not low <= ratio <= high:
-        raise ValueError(f"--objects: {len(found)} convex pieces are {ratio:.2f} of the volume of {source}, too far off")
+        raise ValueError(
+            f"--objects: {len(found)} convex pieces are {ratio:.2f} of the volume of {source}, too far off"
+        )
     notes.append(f"{len(found)} convex pieces of at most {max(map(len, found))} corners, {ratio:.2f} of its volume")
     drawn = mesh
     if len(mesh.faces) > DRAWN_FACES:
@@ -346,7 +351,9 @@ def _simplified(mesh):
 def _clustered(mesh, cell: float):
     import trimesh
 
-    _, first, merged = np.unique(np.floor(mesh.vertices / cell).astype(int), axis=0, return_index=True, return_inverse=True)
+    _, first, merged = np.unique(
+        np.floor(mesh.vertices / cell).astype(int), axis=0, return_index=True, return_inverse=True
+    )
     drawn = trimesh.Trimesh(np.asarray(mesh.vertices)[first], merged.ravel()[mesh.faces], process=False)
     drawn.update_faces(drawn.nondegenerate_faces())
     drawn.remove_unreferenced_vertices()
@@ -390,11 +397,11 @@ def _mug():
 
 
 def _bottle():
-    """12 cm high, 4.4 cm wide, with a neck."""
+    """9.5 cm high, 4.4 cm wide, with a neck."""
     import manifold3d
 
-    profile = [(0, 0), (0.020, 0), (0.022, 0.004), (0.022, 0.07), (0.017, 0.085), (0.009, 0.092), (0.009, 0.12), (0, 0.12)]
-    return _trimesh(manifold3d.Manifold.revolve(manifold3d.CrossSection([profile]), 40))
+    profile = [(0, 0), (20, 0), (22, 4), (22, 62), (17, 73), (9, 79), (9, 95), (0, 95)]  # radius and height, mm
+    return _trimesh(manifold3d.Manifold.revolve(manifold3d.CrossSection([profile]), 40).scale((0.001,) * 3))
 
 
 def _bunny():

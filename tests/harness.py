@@ -277,6 +277,8 @@ OFF_POLICY_MISTAKES = (
     ("--updates-per-step 0", "--updates-per-step"),
     ("--v-min 100", "--v-min", "--v-max"),
     ("--num-atoms 1", "--num-atoms"),
+    ("--observation rgb", "--observation", "no CNN"),
+    ("--objects absent.stl", "--objects", "absent.stl"),
     ("--env-id CartPole-v1", "CartPole-v1", "continuous"),
     ("--env-id Isaac-Cartpole-Direct", "--env-id", "Real2Sim-v0"),
 )
@@ -436,7 +438,11 @@ SCRIPTS = {
             results=frozenset({"success_rate", "success_once_rate", "goal_distance"}),
             exact={"full": ["--observation", "full", "--norm-reward"]},
             evaluate="common.envs.real2sim_eval.evaluate",
-            mistakes=(("--goal-height 2 3", "--goal-height"), ("--min-std 2", "--min-std", "--init-std")),
+            mistakes=(
+                ("--goal-height 2 3", "--goal-height"),
+                ("--observation rgb", "--observation", "no CNN"),
+                ("--min-std 2", "--min-std", "--init-std"),
+            ),
             syntax_errors=(("--observation sideways", "compact"),),
             without=dict.fromkeys(ONCE, SAME_CODE),
         ),
