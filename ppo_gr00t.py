@@ -11,6 +11,7 @@ probability of what was drawn, so the integration is made a stochastic one with 
 2510.25889), whose steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -286,7 +287,9 @@ class FlowAgent(nn.Module):
     # --- the network, under autocast; what it gives is float32
 
     def autocast(self):
-        return torch.autocast(self.token_ids.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.token_ids.device.type, self.dtype)
 
     def backbone(self, obs):  # -> (batch, tokens, width)
         rows = obs["instruction"]
@@ -395,7 +398,7 @@ class FlowAgent(nn.Module):
 
     def embedding(self, context, obs):
         """What the critic sees, (batch, n): the mean token and the state. It does not shape the features."""
-        mask = self.token_mask[obs["instruction"]][..., None].float()
+        mask = self.token_mask[obs["instruction"]][..., None].float()  # detail 13: features are shared, and not moved
         mean = (context.float() * mask).sum(1) / mask.sum(1)
         with self.autocast():
             state = self.model.action_head.state_encoder(obs["state"], torch.zeros_like(obs["instruction"]))[:, 0]

@@ -201,6 +201,17 @@ def build(model: dict, eagle: dict) -> nn.Module:
     return network.eval()
 
 
+@torch.no_grad()
+def spread(network: nn.Module) -> nn.Module:
+    """Random weights as large as a narrow network's should be; their own standard deviation of 0.02 is for wide ones."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.reset_parameters()
+        elif type(layer).__name__ == "CategorySpecificLinear":
+            layer.W.normal_(0, layer.W.shape[1] ** -0.5)
+    return network
+
+
 def find(source: str) -> Path:
     """The folder of a model: `source` itself, or what the hub's cache or the hub has under that name."""
     folder = Path(source)
@@ -236,7 +247,7 @@ def eagle_folder(folder: Path) -> Path:
 def load(source: str) -> nn.Module:
     """The model of a folder or of a name on the hub, in float32 on the CPU; `tiny` is one with random weights."""
     if source == "tiny":
-        return build(*tiny())
+        return spread(build(*tiny()))
     from transformers import PreTrainedModel
 
     folder = find(source)
