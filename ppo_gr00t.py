@@ -40,7 +40,7 @@ TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=200, bc_steps=1200)
+    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=300, bc_steps=400)
     | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, log_interval=1, eval_interval=25),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
@@ -81,9 +81,9 @@ class Args(cli.RunArgs, PickConfig):
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
-    bc_steps: int = 1000  # updates of that warm start
+    bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
-    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
+    bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
     bc_tune: Literal["head", "lora", "projector", "all"] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_hidden: tuple[int, ...] = (128, 128)  # widths of GR00T's critic; at full size 2048 1024 512, which is 10M
@@ -654,7 +654,8 @@ def clone_expert(flow, args, envs, interrupt):
     size = max(1, args.bc_batch // args.ranks)
     for step in range(args.bc_steps):
         progress = step / args.bc_steps
-        learning_rate.fill_(args.bc_learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress)))
+        fall = 0.55 + 0.45 * math.cos(math.pi * progress)
+        learning_rate.fill_(args.bc_learning_rate * fall * min(1, (step + 1) / 50))
         minibatch = take(data, torch.randint(len(data["actions"]), (size,), device=device))
         obs = flow.encode(minibatch["obs"])
         loss = flow_matching_loss(flow, obs, flow.normalise_action(minibatch["actions"]))

@@ -6,8 +6,8 @@ Counts of parameters are those of lerobot's own classes, beside the published on
 change in bfloat16, and of what is trained the float32 master, its gradient, Adam's two moments and, at the peak of an
 update, the gradient once more, by parameter and concatenated (common/flat_adam.py). Per sample: every tensor that
 autograd keeps for the backward pass of ppo_loss, as `saved_tensors_hooks` sees them, without those that are parameters,
-in float32 and halved for bfloat16. What an allocator adds and the workspace of kernels are not in it; nothing was run
-on a GPU.
+in float32 and halved for bfloat16. Not in it: what an allocator adds, the workspace of kernels, and, with gradient
+checkpointing, the one block whose activations are computed again. Nothing was run on a GPU.
 """
 
 import contextlib
@@ -42,12 +42,13 @@ def build(source: str = ""):
     return gr00t.build(gr00t.FULL, gr00t.FULL_EAGLE)
 
 
-def make_agent(tune: str, sde_steps: str, checkpointing: bool):
+def make_agent(tune: str):
     """The script's own agent around the full model, on "meta"."""
     gr00t.load = build
-    gr00t.token_table = lambda network, source, sentences, n: [torch.zeros(len(sentences), TOKENS, dtype=torch.long)] * 2
-    args = ppo_gr00t.Args(tune=tune, bc_tune=tune, sde_steps=sde_steps, critic_hidden=(2048, 1024, 512))
-    args.gradient_checkpointing = checkpointing
+    gr00t.token_table = lambda network, source, sentences, n: (
+        [torch.zeros(len(sentences), TOKENS, dtype=torch.long)] * 2
+    )
+    args = ppo_gr00t.Args(tune=tune, bc_tune=tune, critic_hidden=(2048, 1024, 512))
     spaces = {"front": PICTURES, "wrist": PICTURES, "state": Box(-1, 1, (20,)), "instruction": Discrete(20)}
     envs = SimpleNamespace(single_observation_space=Dict(spaces), single_action_space=Box(-1, 1, (8, 7)))
     with torch.device("meta"):
@@ -99,19 +100,31 @@ def static(agent, embodiments: int) -> dict:
     return {f"{name}_gb": size / GB for name, size in sizes.items()} | millions
 
 
-def measure(variant: str, sde_steps: str, checkpointing: bool) -> dict:
-    agent, args = make_agent(VARIANTS[variant], sde_steps, checkpointing)
+def measure(variant: str) -> list[dict]:
+    """A row for each choice of noisy steps, without and with gradient checkpointing."""
+    agent, args = make_agent(VARIANTS[variant])
     fixed = static(agent, 32 if "32" in variant else 1)
-    one, three = (saved_bytes(agent, args, batch) for batch in (1, 3))
-    per_sample = (three - one) / 2  # float32
     total = sum(fixed[f"{name}_gb"] for name in ("frozen", "trained", "critic", "gradients"))
-    rows = {}
-    for size in MICRO_BATCHES:
-        rows[size] = {"fp32_gb": total + size * per_sample / GB, "bf16_gb": total + size * per_sample / 2 / GB}
-        rows[size]["below_40_gb"] = {name: rows[size][f"{name}_gb"] < LIMIT for name in ("fp32", "bf16")}
-    stored = {"stored_mb_per_chunk_bf16": TOKENS * 2048 * 2 / 1e6}
-    found = {"variant": variant, "sde_steps": sde_steps, "gradient_checkpointing": checkpointing, "static": fixed}
-    return found | {"static_gb": total, "per_sample_fp32_gb": per_sample / GB} | stored | {"micro_batch": rows}
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            gr00t.checkpoint_blocks(agent.model)
+        for args.sde_steps in ("one", "all"):
+            one, three = (saved_bytes(agent, args, batch) for batch in (1, 3))
+            per_sample = (three - one) / 2 / GB  # float32
+            row = {"variant": variant, "sde_steps": args.sde_steps, "gradient_checkpointing": checkpointing}
+            row |= {"static": fixed, "static_gb": total, "per_sample_fp32_gb": per_sample}
+            row["micro_batch"] = {
+                size: {"fp32_gb": total + size * per_sample, "bf16_gb": total + size * per_sample / 2}
+                for size in MICRO_BATCHES
+            }
+            fits = [size for size, cells in row["micro_batch"].items() if cells["bf16_gb"] < LIMIT]
+            row["largest_micro_batch_below_40_gb_bf16"] = max(fits, default=0)
+            found.append(row)
+            what = f"{variant:26} {args.sde_steps:4} checkpointing {checkpointing!s:5}"
+            sizes = f"static {total:5.1f} GB, {per_sample * 500:6.1f} MB a sample in bf16"
+            print(f"{what} {sizes}, below {LIMIT} GB up to {max(fits, default=0)}", flush=True)
+    return found
 
 
 def main():
@@ -126,18 +139,8 @@ def main():
     counts["action_head, one embodiment"] = millions(head)
     for name, count in counts.items():
         print(f"{name:28} {count:8.1f} M   published {PUBLISHED.get(name, '')}")
-    rows = []
-    for variant in VARIANTS:
-        for sde_steps in ("one", "all"):
-            for checkpointing in (False, True):
-                row = measure(variant, sde_steps, checkpointing)
-                rows.append(row)
-                fits = [size for size, cells in row["micro_batch"].items() if cells["below_40_gb"]["bf16"]]
-                print(
-                    f"{variant:26} {sde_steps:4} checkpointing {checkpointing!s:5} static {row['static_gb']:5.1f} GB, "
-                    f"{row['per_sample_fp32_gb'] * 500:7.1f} MB a sample in bf16, below {LIMIT} GB: {max(fits, default=0)}",
-                    flush=True,
-                )
+    rows = [row for variant in VARIANTS for row in measure(variant)]
+    counts["stored_mb_per_chunk_bf16"] = TOKENS * 2048 * 2 / 1e6
     tools.write(args, "gr00t_memory", [], None, began, {"millions": counts, "published": PUBLISHED, "rows": rows})
 
 

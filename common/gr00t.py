@@ -203,7 +203,7 @@ def build(model: dict, eagle: dict) -> nn.Module:
 
 @torch.no_grad()
 def spread(network: nn.Module) -> nn.Module:
-    """Random weights as large as a narrow network's should be; their own standard deviation of 0.02 is for wide ones."""
+    """Random weights as large as a narrow network should have; their usual deviation of 0.02 is for wide ones."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
