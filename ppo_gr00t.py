@@ -47,7 +47,7 @@ PRESETS = {
     | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
-    | dict(micro_batch_size=32),
+    | dict(micro_batch_size=32, chunk_size=32),
 }
 
 
@@ -920,10 +920,15 @@ def main(args: Args):
                 minibatch = take(batch, mb_inds) | {"advantages": advantages, "old_std": old_std}
                 stats = update(minibatch)
                 losses.add(stats)
-                if first_ratio_error is None:  # before the update: the rollout's and the update's probabilities agree
-                    first_ratio_error = stats.get("ratio_error")
+                if first_ratio_error is None and agent is flow:  # of the rollout's probabilities and the update's
+                    first_ratio_error = stats["ratio_error"]
+                    if first_ratio_error > 0.05:
+                        why = "the update does not compute what the rollout did"
+                        raise RuntimeError(f"ratios of up to 1 +- {first_ratio_error:.2g} before any update: {why}")
             if args.target_kl and stats["kl"] > args.target_kl:
                 break
+        if run.iteration < args.critic_iterations:
+            learning_rate.fill_(args.learning_rate)  # that the policy stood still says nothing about it
         agent.update_stats(flatten(obs))  # after the update, so that the first minibatch's ratio is exactly 1
         run.iteration += 1
 
@@ -942,7 +947,7 @@ def main(args: Args):
                 "losses/explained_variance": 1 - (b_returns - b_values).var() / b_returns.var(),
             }
             metrics["charts/action_std"] = agent.std().mean()
-            if first_ratio_error is not None:
+            if agent is flow:
                 metrics["losses/first_ratio_error"] = first_ratio_error
             metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
             metrics |= episodes.means() | memory.read()
