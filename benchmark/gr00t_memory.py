@@ -62,7 +62,7 @@ def saved_bytes(agent, args, batch: int) -> int:
     steps = {"one": 1, "all": agent.num_flow_steps}[args.sde_steps]
     empty = lambda *shape: torch.empty(*shape, device="meta")  # noqa: E731
     obs = {"state": empty(batch, 1, 64), "instruction": torch.empty(batch, dtype=torch.long, device="meta")}
-    obs[agent.encodes] = empty(batch, TOKENS, 2048)
+    obs[agent.network.encodes] = empty(batch, TOKENS, 2048)
     action = {"step": torch.empty(batch, steps, dtype=torch.long, device="meta")}
     action |= {"x": empty(batch, steps, 16, 32), "next": empty(batch, steps, 8, 7), "action": empty(batch, 8, 7)}
     minibatch = {"obs": obs, "actions": action, "dists": empty(batch, steps, 8, 7), "old_std": agent.step_std}
@@ -108,7 +108,7 @@ def measure(variant: str) -> list[dict]:
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            gr00t.checkpoint_blocks(agent.model)
+            gr00t.checkpoint_blocks(agent.network.model)
         for args.sde_steps in ("one", "all"):
             one, three = (saved_bytes(agent, args, batch) for batch in (1, 3))
             per_sample = (three - one) / 2 / GB  # float32

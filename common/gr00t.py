@@ -330,26 +330,6 @@ def _one_embodiment(layer: nn.Module, x: torch.Tensor, cat_ids: torch.Tensor) ->
     return x @ layer.W[0] + layer.b[0]
 
 
-def part_of(name: str, network: nn.Module, llm_layers: int) -> str:
-    """The part of an agent that its parameter `name` belongs to, for unfreezing one after the other: critic, lora,
-    projector (what encodes and decodes states and actions), dit, adapter (the attention over vision and language), llm
-    (the top `llm_layers`), vision; "" for what is never trained.
-    """
-    if name.startswith("critic"):
-        return "critic"
-    if "lora_" in name:
-        return "lora"
-    if ".language_model." in name:
-        kept = len(network.backbone.eagle_model.language_model.model.layers) - llm_layers
-        layer = name.partition(".layers.")[2].partition(".")[0]
-        return "llm" if layer.isdecimal() and int(layer) >= kept else ""
-    if ".vision_model." in name or ".mlp1." in name:
-        return "vision"
-    if ".vlln." in name or ".vl_self_attention." in name:
-        return "adapter"
-    return "dit" if ".action_head.model." in name else "projector"
-
-
 def image_tokens(network: nn.Module) -> int:
     """Tokens of one picture."""
     return network.backbone.eagle_model.num_image_token

@@ -231,7 +231,7 @@ NOTES = {
         11: _GRADIENTS + " The critic's gradient is clipped for itself where it has an optimiser of its own.",
         12: _STATISTICS,
         13: "The critic of GR00T sees its features and the state, and does not shape them; the mlp's is separate.",
-        23: "Every noisy step of the flow's integration is a Gaussian, of given standard deviation, in GR00T; the residual "
+        23: "In GR00T each noisy step of the integration is a Gaussian of given standard deviation; the residual "
         "and the mlp have the original's.",
         24: "Of the residual and the mlp; GR00T's noise is that of the Flow-SDE (`--noise-level`), and no parameter.",
         25: "In GR00T also over the steps of the integration that have noise.",
