@@ -28,25 +28,25 @@ from common.envs.pick_eval import evaluate, record_video, report
 from common.envs.pick_expert import Expert
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
+from common.gr00t_network import PARTS, Network
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, take, to, zeros_like
 
 SCRIPT = "ppo_gr00t"
-GROUPS = ("critic", "lora", "projector", "dit", "adapter", "llm", "vision")  # parts of the model, in unfreezing order
 TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit", "adapter"]}
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=200, bc_steps=1200)
+    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=300, bc_steps=400)
     | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, log_interval=1, eval_interval=25),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
     | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
-    | dict(micro_batch_size=32),
+    | dict(micro_batch_size=32, chunk_size=32),
 }
 
 
@@ -80,9 +80,9 @@ class Args(cli.RunArgs, PickConfig):
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
-    bc_steps: int = 1000  # updates of that warm start
+    bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
-    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
+    bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
     bc_tune: Literal["head", "lora", "projector", "all"] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_hidden: tuple[int, ...] = (128, 128)  # widths of GR00T's critic; at full size 2048 1024 512, which is 10M
@@ -195,36 +195,14 @@ class FlowAgent(nn.Module):
     def __init__(self, envs, args: Args):
         super().__init__()
         spaces = envs.single_observation_space.spaces
-        self.cameras = [name for name, space in spaces.items() if len(space.shape) == 3]
-        self.model = gr00t.load(args.model)
-        gr00t.keep_embodiment(self.model, gr00t.embodiment_slot(args.embodiment))
-        if args.policy == "gr00t" and "lora" in sum(stages(args).values(), TUNE[args.bc_tune]):
-            gr00t.add_lora(self.model, args.lora_rank)
-        if args.gradient_checkpointing:
-            gr00t.checkpoint_blocks(self.model)
-        self.model.eval()  # dropout alone would make the ratio anything
-        head = self.model.action_head
-        self.num_flow_steps = head.num_inference_timesteps  # K
-        self.horizon, self.width = head.action_horizon, head.action_dim
-        self.chunk, self.action_dim = envs.single_action_space.shape
-        self.state_dim, self.state_width = spaces["state"].shape[0], head.config.max_state_dim
-        for what, size, most in (
-            ("actions of", self.action_dim, self.width),
-            ("states of", self.state_dim, self.state_width),
-            ("--chunk", self.chunk, self.horizon),
-        ):
-            cli.check(size <= most, f"{args.env_id} has {what} {size}; GR00T takes at most {most}")
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-        self.llm_layers = args.llm_layers
+        learns = {*sum(stages(args).values(), TUNE[args.bc_tune])}
+        self.network = net = Network(args, spaces, envs.single_action_space.shape, INSTRUCTIONS, learns)
+        self.critic = mlp(net.feature_dim, args.critic_hidden, 1, 1.0, activation=nn.ReLU)  # detail 13: on its features
+        self.num_flow_steps = net.num_flow_steps  # K
         self.sde_steps = args.sde_steps
-
-        ids, mask = gr00t.token_table(self.model, args.model, INSTRUCTIONS, len(self.cameras))
-        self.register_buffer("token_ids", ids)
-        self.register_buffer("token_mask", mask)
-        self.register_buffer("state_range", torch.zeros(2, self.state_dim))  # what is mapped to -1 and to 1
-        self.register_buffer("action_range", torch.zeros(2, self.action_dim))
-        noisy = torch.zeros(self.horizon, self.width)
-        noisy[: self.chunk, : self.action_dim] = 1
+        self.generator = None  # of the noise from which the model's own actions are integrated; None: torch's
+        noisy = torch.zeros(net.horizon, net.width)
+        net.executed(noisy).fill_(1)
         self.register_buffer("noisy", noisy)  # the part of the model's output that is executed, and gets noise
         # The Flow-SDE's standard deviation at the step from t = k / K to t + 1 / K.
         t = torch.arange(self.num_flow_steps) / self.num_flow_steps
@@ -232,98 +210,16 @@ class FlowAgent(nn.Module):
         std = args.noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
         self.register_buffer("step_std", std.clamp(min=args.min_std) if args.noise_level else std)
 
-        feature_dim = head.config.backbone_embedding_dim + head.config.input_embedding_dim
-        self.critic = mlp(feature_dim, args.critic_hidden, 1, 1.0, activation=nn.ReLU)
-        self.generator = None  # of the noise from which the model's own actions are integrated; None: torch's
-        learns = {*sum(stages(args).values(), TUNE[args.bc_tune])}
-        parts = {name: gr00t.part_of(name, self.model, args.llm_layers) for name, _ in self.named_parameters()}
-        never = {name for name, part in parts.items() if part not in learns}
-        for name in never:
-            self.get_parameter(name).data = self.get_parameter(name).data.to(self.dtype)
-        self.constant = never if args.model != "tiny" else set()  # no part of a checkpoint
-        self.set_trainable([])
+    def set_trainable(self, parts):
+        self.network.set_trainable(parts)
+        self.critic.requires_grad_("critic" in parts)
 
-    # --- what is trained
-
-    def set_trainable(self, groups):
-        """These parts get gradients; what of the network no longer changes is computed once, by `encode`."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(gr00t.part_of(name, self.model, self.llm_layers) in groups)
-        self.encodes = "context"
-        if "adapter" in groups:
-            self.encodes = "features"
-        if {"llm", "vision"} & set(groups):
-            self.encodes = "pictures"
-
-    # --- statistics and padding
-
-    def set_statistics(self, state, action):
-        """The least and the greatest of each component, (2, state_dim) and (2, action_dim): mapped to -1 and to 1."""
-        for name, found in (("state", state), ("action", action)):
-            expected = getattr(self, f"{name}_range")
-            sizes = f"statistics of {found.shape[1]} components of the {name}, the task has {expected.shape[1]}"
-            cli.check(found.shape == expected.shape, f"--model got {sizes}; take those of --demos, with another model")
-            expected.copy_(found)
-
-    def statistics(self) -> dict:
-        return {"state": self.state_range, "action": self.action_range}
-
-    def normalise_state(self, state):  # (batch, state_dim) -> (batch, 1, 64), padded with zeros
-        low, high = self.state_range
-        state = (2 * (state - low) / (high - low).clamp(min=1e-6) - 1).clamp(-3, 3)
-        return nn.functional.pad(state, (0, self.state_width - self.state_dim))[:, None]
-
-    def normalise_action(self, action):  # of the environment, (batch, chunk, action_dim)
-        low, high = self.action_range
-        return 2 * (action - low) / (high - low) - 1
+    def encode(self, obs):
+        return self.network.encode(obs)
 
     def to_env(self, action):
-        """A normalised chunk, or what `sample` gives, to the environment's (batch, chunk, action_dim)."""
-        action = action["action"] if isinstance(action, dict) else action
-        low, high = self.action_range
-        return low + (action + 1) / 2 * (high - low)
-
-    # --- the network, under autocast; what it gives is float32
-
-    def autocast(self):
-        return torch.autocast(self.token_ids.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def backbone(self, obs):  # -> (batch, tokens, width)
-        rows = obs["instruction"]
-        pictures = [obs[name] for name in self.cameras]
-        with self.autocast():
-            return gr00t.features(self.model, self.token_ids[rows], self.token_mask[rows], pictures).to(self.dtype)
-
-    def adapter(self, features):
-        with self.autocast():
-            head = self.model.action_head
-            return head.vl_self_attention(head.vlln(features)).to(self.dtype)
-
-    @torch.no_grad()
-    def encode(self, obs):
-        """The environment's {camera, "state", "instruction"} to what is stored."""
-        encoded = {"state": self.normalise_state(obs["state"]), "instruction": obs["instruction"]}
-        if self.encodes == "pictures":
-            return encoded | {name: obs[name] for name in self.cameras}
-        features = self.backbone(obs)
-        return encoded | {self.encodes: features if self.encodes == "features" else self.adapter(features)}
-
-    def context(self, obs):
-        """What the DiT attends to, (batch, tokens, width)."""
-        if "context" in obs:
-            return obs["context"]
-        return self.adapter(obs["features"] if "features" in obs else self.backbone(obs))
-
-    def velocity(self, context, state, x, time):
-        """(batch, horizon, width) at x, of time (batch,) from 0, noise, to the number of the model's buckets, data."""
-        head = self.model.action_head
-        slot = torch.zeros_like(time)
-        with self.autocast():
-            actions = head.action_encoder(x, time, slot) + head.position_embedding.weight[: self.horizon]
-            future = head.future_tokens.weight.expand(len(x), -1, -1)
-            tokens = torch.cat((head.state_encoder(state, slot), future, actions), 1)
-            hidden = head.model(hidden_states=tokens, encoder_hidden_states=context, timestep=time)
-            return head.action_decoder(hidden, slot)[:, -self.horizon :].float()
+        """A chunk (batch, chunk, action_dim), or what `sample` gives, as the environment takes it."""
+        return self.network.robot_action(action["action"] if isinstance(action, dict) else action)
 
     # --- the Flow-SDE
 
@@ -334,7 +230,7 @@ class FlowAgent(nn.Module):
         s sqrt(dt) eps. Without noise that is x + dt v, Euler's step, and so it is outside of what is executed.
         """
         K = self.num_flow_steps
-        v = self.velocity(context, state, x, step * self.model.action_head.num_timestep_buckets // K)
+        v = self.network.velocity(context, state, x, step * self.network.num_buckets // K)
         t = (step / K)[:, None, None]
         std = (self.step_std[step] * noise)[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
@@ -356,19 +252,16 @@ class FlowAgent(nn.Module):
         and where it led, `next`: (batch, noisy steps, ...).
         """
         K, batch = self.num_flow_steps, len(obs["state"])
-        context = self.context(obs)
-        x = torch.randn(batch, self.horizon, self.width, device=context.device)
+        context = self.network.context(obs)
+        x = torch.randn(batch, *self.noisy.shape, device=context.device)
         step = torch.arange(K, device=x.device).expand(batch, K)
         if self.sde_steps == "one":
             step = torch.randint(K, (batch, 1), device=x.device)
         noise = torch.zeros(batch, K, device=x.device).scatter_(1, step, 1.0)  # detail 23: Gaussian, in each such step
         points = self.integrate(context, obs["state"], x, noise)
         rows = torch.arange(batch, device=x.device)[:, None]
-        drawn = {"step": step, "x": points[rows, step], "next": self.executed(points[rows, step + 1])}
-        return drawn | {"action": self.executed(points[:, -1])}
-
-    def executed(self, x):  # (..., horizon, width) -> (..., chunk, action_dim)
-        return x[..., : self.chunk, : self.action_dim]
+        drawn = {"step": step, "x": points[rows, step], "next": self.network.executed(points[rows, step + 1])}
+        return drawn | {"action": self.network.executed(points[:, -1])}
 
     def log_prob_and_entropy(self, dist, action):
         """Sums over steps and components, in float32. `dist`: means in units of the std, (batch, steps, chunk, dim)."""
@@ -384,7 +277,7 @@ class FlowAgent(nn.Module):
             step = action["step"][:, i]
             noise = torch.ones_like(step, dtype=torch.float32)
             mean, _ = self.transition(context, obs["state"], action["x"][:, i], step, noise)
-            means.append(self.executed(mean) / self.step_std[step][:, None, None])
+            means.append(self.network.executed(mean) / self.step_std[step][:, None, None])
         return torch.stack(means, 1)
 
     def kl(self, old_dist, old_std, dist):
@@ -393,22 +286,14 @@ class FlowAgent(nn.Module):
 
     # --- what PPO asks of an agent
 
-    def embedding(self, context, obs):
-        """What the critic sees, (batch, n): the mean token and the state. It does not shape the features."""
-        mask = self.token_mask[obs["instruction"]][..., None].float()
-        mean = (context.float() * mask).sum(1) / mask.sum(1)
-        with self.autocast():
-            state = self.model.action_head.state_encoder(obs["state"], torch.zeros_like(obs["instruction"]))[:, 0]
-        return torch.cat((mean, state.float()), 1).detach()
-
     def get_value(self, obs):
-        return self.critic(self.embedding(self.context(obs), obs)).squeeze(-1)
+        return self.critic(self.network.embedding(self.network.context(obs), obs)).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None):
         action = self.sample(obs) if action is None else action
-        context = self.context(obs)
+        context = self.network.context(obs)
         dist = self.get_dist(context, obs, action)
-        value = self.critic(self.embedding(context, obs)).squeeze(-1)
+        value = self.critic(self.network.embedding(context, obs)).squeeze(-1)
         return action, *self.log_prob_and_entropy(dist, action), value, dist
 
     def normalise(self, obs):  # `encode` has done it
@@ -426,24 +311,14 @@ class FlowAgent(nn.Module):
     @torch.no_grad()
     def flow_action(self, context, state):
         """The model's own action, (batch, chunk, action_dim)."""
-        x = torch.randn(len(state), self.horizon, self.width, generator=self.generator).to(context.device)
+        x = torch.randn(len(state), *self.noisy.shape, generator=self.generator).to(context.device)
         no_noise = torch.zeros(len(x), self.num_flow_steps, device=x.device)
-        return self.executed(self.integrate(context, state, x, no_noise)[:, -1])
+        return self.network.executed(self.integrate(context, state, x, no_noise)[:, -1])
 
     def forward(self, obs):
         """The deterministic policy on raw observations: what is evaluated, with a generator of its own."""
         encoded = self.encode(obs)
-        context = self.context(encoded)
-        return self.to_env(self.flow_action(context, encoded["state"]))
-
-    # --- checkpoints: of weights that came from elsewhere and never change, only the name
-
-    def state_dict(self, *args, **kwargs):
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name not in self.constant}
-
-    def load_state_dict(self, state, *args, **kwargs):
-        return super().load_state_dict(super().state_dict() | state, *args, **kwargs)
+        return self.to_env(self.flow_action(self.network.context(encoded), encoded["state"]))
 
 
 class Agent(nn.Module):
@@ -462,7 +337,7 @@ class Agent(nn.Module):
             self.stats = RunningMeanStd(width, 1e-5) if args.norm_obs else None  # detail 28: observation normalisation
         else:
             flow.requires_grad_(False)
-            width = flow.critic[0].in_features + flow.state_dim + n
+            width = flow.network.feature_dim + flow.network.state_dim + n
             self.stats, init_std = None, args.residual_std
         self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, n, 0.01, activation=nn.ELU)  # detail 26: separate MLPs
@@ -476,10 +351,11 @@ class Agent(nn.Module):
         if self.flow is None:
             return obs
         encoded = self.flow.encode(obs)
-        context = self.flow.context(encoded)
+        net = self.flow.network
+        context = net.context(encoded)
         action = self.flow.flow_action(context, encoded["state"]).flatten(1)
-        state = encoded["state"][:, 0, : self.flow.state_dim]
-        return {"embedding": torch.cat((self.flow.embedding(context, encoded), state, action), 1), "action": action}
+        state = encoded["state"][:, 0, : net.state_dim]
+        return {"embedding": torch.cat((net.embedding(context, encoded), state, action), 1), "action": action}
 
     def normalise(self, obs):
         return obs if self.stats is None else self.stats(obs)
@@ -535,14 +411,14 @@ def make_agent(envs, args: Args):
 
 
 def stages(args: Args) -> dict[int, list[str]]:
-    """{iteration: the parts of GROUPS that learn from there on}, of --unfreeze-schedule or else of --tune."""
+    """{iteration: the parts of PARTS that learn from there on}, of --unfreeze-schedule or else of --tune."""
     if not args.unfreeze_schedule:
         return {0: ["critic", *TUNE[args.tune]]}
     begins = {}
     for entry in args.unfreeze_schedule:
         name, _, iteration = entry.partition(":")
-        takes = f"part:iteration, with the parts {', '.join(GROUPS)}, such as critic:0 dit:20"
-        cli.check(name in GROUPS and iteration.isdecimal(), f"--unfreeze-schedule got {entry!r}; it takes {takes}")
+        takes = f"part:iteration, with the parts {', '.join(PARTS)}, such as critic:0 dit:20"
+        cli.check(name in PARTS and iteration.isdecimal(), f"--unfreeze-schedule got {entry!r}; it takes {takes}")
         begins[name] = int(iteration)
     cli.check("critic" in begins and not begins["critic"], "--unfreeze-schedule takes critic:0 among its entries")
     return {at: [name for name in begins if begins[name] <= at] for at in sorted(set(begins.values()))}
@@ -627,15 +503,16 @@ def flow_matching_loss(flow: FlowAgent, obs, actions):
     """Of encoded observations and normalised chunks (batch, chunk, dim): the squared error of the velocity on the line
     from noise to data (Lipman et al. 2023, arXiv 2210.02747), of what is executed, at times drawn as GR00T's were.
     """
-    config = flow.model.action_head.config
+    net = flow.network
+    config = net.model.action_head.config
     beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
     t = ((config.noise_s - beta.sample((len(actions),))) / config.noise_s).to(actions.device)
-    data = torch.zeros(len(actions), flow.horizon, flow.width, device=actions.device)
-    data[:, : flow.chunk, : flow.action_dim] = actions
+    data = torch.zeros(len(actions), *flow.noisy.shape, device=actions.device)
+    net.executed(data).copy_(actions)
     noise = torch.randn_like(data)
     x = torch.lerp(noise, data, t[:, None, None])
-    v = flow.velocity(flow.context(obs), obs["state"], x, (t * config.num_timestep_buckets).long())
-    return flow.executed(v - (data - noise)).square().mean()
+    v = net.velocity(net.context(obs), obs["state"], x, (t * net.num_buckets).long())
+    return net.executed(v - (data - noise)).square().mean()
 
 
 def clone_expert(flow, args, envs, interrupt):
@@ -643,7 +520,7 @@ def clone_expert(flow, args, envs, interrupt):
     device = envs.device
     start = said = time.time()
     data = to(demos.collect(envs, Expert(), math.ceil(args.demos / args.ranks), interrupt), device)
-    flow.set_statistics(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
+    flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
     learning_rate = torch.tensor(args.bc_learning_rate, device=device)
     optimizer = FlatAdam(flow.parameters(), learning_rate)
@@ -651,10 +528,11 @@ def clone_expert(flow, args, envs, interrupt):
     size = max(1, args.bc_batch // args.ranks)
     for step in range(args.bc_steps):
         progress = step / args.bc_steps
-        learning_rate.fill_(args.bc_learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress)))
+        fall = 0.55 + 0.45 * math.cos(math.pi * progress)
+        learning_rate.fill_(args.bc_learning_rate * fall * min(1, (step + 1) / 50))
         minibatch = take(data, torch.randint(len(data["actions"]), (size,), device=device))
         obs = flow.encode(minibatch["obs"])
-        loss = flow_matching_loss(flow, obs, flow.normalise_action(minibatch["actions"]))
+        loss = flow_matching_loss(flow, obs, flow.network.normalise_action(minibatch["actions"]))
         optimizer.compute_gradients(loss)
         optimizer.all_reduce()
         optimizer.clip_gradients(args.max_grad_norm)
@@ -722,7 +600,7 @@ def learn_task(flow, args, envs, interrupt) -> dict:
     """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
     known = gr00t.read_statistics(args.model, args.embodiment)
     if known:
-        flow.set_statistics(torch.tensor(known["state"]), torch.tensor(known["action"]))
+        flow.network.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
     if known.get("task") == args.env_id:
         print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
         return {}
@@ -734,7 +612,7 @@ def learn_task(flow, args, envs, interrupt) -> dict:
     if os.environ.get("RANK", "0") == "0":
         folder = Path(args.log_dir) / "warm_start"
         with tolerant("the warm start", folder):
-            gr00t.save(gr00t.merged(flow.model), folder, flow.statistics(), args.env_id)
+            gr00t.save(gr00t.merged(flow.network.model), folder, flow.network.ranges(), args.env_id)
     return done
 
 
@@ -916,10 +794,15 @@ def main(args: Args):
                 minibatch = take(batch, mb_inds) | {"advantages": advantages, "old_std": old_std}
                 stats = update(minibatch)
                 losses.add(stats)
-                if first_ratio_error is None:  # before the update: the rollout's and the update's probabilities agree
-                    first_ratio_error = stats.get("ratio_error")
+                if first_ratio_error is None and agent is flow:  # of the rollout's probabilities and the update's
+                    first_ratio_error = stats["ratio_error"]
+                    if first_ratio_error > 0.05:
+                        why = "the update does not compute what the rollout did"
+                        raise RuntimeError(f"ratios of up to 1 +- {first_ratio_error:.2g} before any update: {why}")
             if args.target_kl and stats["kl"] > args.target_kl:
                 break
+        if run.iteration < args.critic_iterations:
+            learning_rate.fill_(args.learning_rate)  # that the policy stood still says nothing about it
         agent.update_stats(flatten(obs))  # after the update, so that the first minibatch's ratio is exactly 1
         run.iteration += 1
 
@@ -938,7 +821,7 @@ def main(args: Args):
                 "losses/explained_variance": 1 - (b_returns - b_values).var() / b_returns.var(),
             }
             metrics["charts/action_std"] = agent.std().mean()
-            if first_ratio_error is not None:
+            if agent is flow:
                 metrics["losses/first_ratio_error"] = first_ratio_error
             metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
             metrics |= episodes.means() | memory.read()
@@ -974,7 +857,7 @@ def main(args: Args):
             if flow is None:
                 checkpoint.export_onnx(agent, to(take(next_obs, slice(0, 1)), "cpu"), run.dir / "policy.onnx")
             elif agent is flow:
-                gr00t.save(gr00t.merged(flow.model), run.dir / "gr00t", flow.statistics(), args.env_id)
+                gr00t.save(gr00t.merged(flow.network.model), run.dir / "gr00t", flow.network.ranges(), args.env_id)
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
         with tolerant("the final evaluation", run.dir, saved):

@@ -119,11 +119,13 @@ def successes(cfg: PickConfig, starts: int, push: float = 0.0, noise: float = 0.
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="of the speed; none: the expert alone")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--env-steps", type=int, default=20_000, help="control steps of a segment")
     parser.add_argument("--starts", type=int, default=400, help="of the expert, per row")
     args = parser.parse_args()
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"--cases takes {', '.join(map(repr, CASES))}, got {', '.join(map(repr, unknown))}")
     began, cases, experts = time.time(), [], []
     for name in args.cases:
         for num_envs in args.num_envs:

@@ -201,6 +201,17 @@ def build(model: dict, eagle: dict) -> nn.Module:
     return network.eval()
 
 
+@torch.no_grad()
+def spread(network: nn.Module) -> nn.Module:
+    """Random weights as large as a narrow network should have; their usual deviation of 0.02 is for wide ones."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.reset_parameters()
+        elif type(layer).__name__ == "CategorySpecificLinear":
+            layer.W.normal_(0, layer.W.shape[1] ** -0.5)
+    return network
+
+
 def find(source: str) -> Path:
     """The folder of a model: `source` itself, or what the hub's cache or the hub has under that name."""
     folder = Path(source)
@@ -236,7 +247,7 @@ def eagle_folder(folder: Path) -> Path:
 def load(source: str) -> nn.Module:
     """The model of a folder or of a name on the hub, in float32 on the CPU; `tiny` is one with random weights."""
     if source == "tiny":
-        return build(*tiny())
+        return spread(build(*tiny()))
     from transformers import PreTrainedModel
 
     folder = find(source)
@@ -317,26 +328,6 @@ def keep_embodiment(network: nn.Module, slot: int):
 def _one_embodiment(layer: nn.Module, x: torch.Tensor, cat_ids: torch.Tensor) -> torch.Tensor:
     """What CategorySpecificLinear does, without a copy of the weights for every row."""
     return x @ layer.W[0] + layer.b[0]
-
-
-def part_of(name: str, network: nn.Module, llm_layers: int) -> str:
-    """The part of an agent that its parameter `name` belongs to, for unfreezing one after the other: critic, lora,
-    projector (what encodes and decodes states and actions), dit, adapter (the attention over vision and language), llm
-    (the top `llm_layers`), vision; "" for what is never trained.
-    """
-    if name.startswith("critic"):
-        return "critic"
-    if "lora_" in name:
-        return "lora"
-    if ".language_model." in name:
-        kept = len(network.backbone.eagle_model.language_model.model.layers) - llm_layers
-        layer = name.partition(".layers.")[2].partition(".")[0]
-        return "llm" if layer.isdecimal() and int(layer) >= kept else ""
-    if ".vision_model." in name or ".mlp1." in name:
-        return "vision"
-    if ".vlln." in name or ".vl_self_attention." in name:
-        return "adapter"
-    return "dit" if ".action_head.model." in name else "projector"
 
 
 def image_tokens(network: nn.Module) -> int:

@@ -101,8 +101,8 @@ def test_a_diff_of_two_ppo_scripts_shows_the_idea(script):
     for other in lines.keys() - {script}:
         known = set(lines[other])
         shares[other] = sum(line in known for line in lines[script]) / len(lines[script])
-    # Of the one, LSTM, three action spaces and presets for every task are its own; of the other, a flow's probabilities,
-    # what is frozen, and the warm start.
+    # Of the one, LSTM, three action spaces and presets for every task are its own; of the other, a flow's
+    # probabilities, what is frozen, and the warm start.
     if script not in ("ppo_continuous_isaac.py", "ppo_gr00t.py"):
         assert max(shares.values()) >= SHARED, shares
 

@@ -36,10 +36,10 @@ def make(action_dim=ACTIONS, **settings):
     envs = SimpleNamespace(single_observation_space=SPACES, single_action_space=Box(-1, 1, (CHUNK, action_dim)))
     agent, flow = ppo_gr00t.make_agent(envs, args)
     with torch.no_grad():
-        for name, parameter in flow.model.action_head.named_parameters():
+        for name, parameter in flow.network.model.action_head.named_parameters():
             if "norm" not in name and "lora" not in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    flow.set_statistics(
+    flow.network.set_ranges(
         torch.stack((-torch.ones(20), torch.ones(20))), torch.tensor([[-1.0], [1.0]]).expand(2, action_dim)
     )
     return agent, args
@@ -52,12 +52,15 @@ def observation(batch=BATCH):
 
 def own_action(agent, obs):
     """What the model's own `get_action` makes of it, from torch's random numbers."""
-    pictures = gr00t.pixel_values(agent.model, [obs["front"], obs["wrist"]])
+    pictures = gr00t.pixel_values(agent.network.model, [obs["front"], obs["wrist"]])
     rows = obs["instruction"]
-    inputs = {"eagle_input_ids": agent.token_ids[rows], "eagle_attention_mask": agent.token_mask[rows]}
+    inputs = {"eagle_input_ids": agent.network.token_ids[rows], "eagle_attention_mask": agent.network.token_mask[rows]}
     inputs |= {"eagle_pixel_values": pictures, "eagle_image_sizes": torch.tensor([[56, 56]] * len(pictures))}
-    inputs |= {"state": agent.normalise_state(obs["state"]), "embodiment_id": torch.zeros(len(rows), dtype=torch.long)}
-    return agent.model.get_action(inputs)["action_pred"]
+    inputs |= {
+        "state": agent.network.normalise_state(obs["state"]),
+        "embodiment_id": torch.zeros(len(rows), dtype=torch.long),
+    }
+    return agent.network.model.get_action(inputs)["action_pred"]
 
 
 # --- the model
@@ -106,7 +109,7 @@ def test_the_embodiment_that_is_kept_acts_as_it_did(whole):
 
 def test_dropout_is_off():
     agent, _ = make()
-    assert not any(module.training for module in agent.model.modules())
+    assert not any(module.training for module in agent.network.model.modules())
     agent.train()
     obs = agent.encode(observation())
     with torch.no_grad():
@@ -135,11 +138,11 @@ def brute_force(agent, obs, action):
     """log pi by its definition: every step's formula, written out with numbers, and torch's Normal."""
     K, a = 4, 0.5
     total = torch.zeros(len(obs["state"]))
-    context = agent.context(obs)
+    context = agent.network.context(obs)
     for i in range(len(total)):
         for j, k in enumerate(action["step"][i].tolist()):
             x = action["x"][i : i + 1, j]
-            v = agent.velocity(context[i : i + 1], obs["state"][i : i + 1], x, torch.tensor([250 * k]))[0]
+            v = agent.network.velocity(context[i : i + 1], obs["state"][i : i + 1], x, torch.tensor([250 * k]))[0]
             t, dt, x = k / K, 1 / K, x[0]
             sigma = a * math.sqrt((1 - t) / max(t, dt))
             noise, data = x - t * v, x + (1 - t) * v
@@ -169,14 +172,14 @@ def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
     obs = {name: value.expand(4000, *value.shape[1:]) for name, value in one.items()}
     with torch.no_grad():
         action = agent.sample(obs)
-        context = agent.context(obs)
+        context = agent.network.context(obs)
         for k in range(4):
             ones = torch.ones(4000)
             mean, _ = agent.transition(context, obs["state"], action["x"][:, k], action["step"][:, k], ones)
-            z = (action["next"][:, k] - agent.executed(mean)) / agent.step_std[k]
+            z = (action["next"][:, k] - agent.network.executed(mean)) / agent.step_std[k]
             assert z.mean().abs() < 0.02 and abs(z.std() - 1) < 0.02
             if k < 3:  # the next step begins where this one led, and beside what is executed it is Euler's
-                torch.testing.assert_close(agent.executed(action["x"][:, k + 1]), action["next"][:, k])
+                torch.testing.assert_close(agent.network.executed(action["x"][:, k + 1]), action["next"][:, k])
         torch.testing.assert_close(action["action"], action["next"][:, 3])
 
 
@@ -204,10 +207,10 @@ def test_the_ratio_is_one_before_the_update_and_its_gradient_is_that_of_finite_d
             return (agent.get_action_and_value(obs, action)[1] - logprobs).double().exp().sum()
 
     (agent.get_action_and_value(obs, action)[1] - logprobs).exp().sum().backward()
-    seen = {gr00t.part_of(name, agent.model, 2) for name, p in agent.named_parameters() if p.grad is not None}
+    seen = {part_of(agent, name) for name, p in agent.named_parameters() if p.grad is not None}
     assert seen == set(ppo_gr00t.TUNE[tune])
     for part in seen:  # along the gradient, where the slope is large enough for float32
-        moved = [p for name, p in agent.named_parameters() if gr00t.part_of(name, agent.model, 2) == part]
+        moved = [p for name, p in agent.named_parameters() if part_of(agent, name) == part]
         moved = [p for p in moved if p.grad is not None]
         norm = torch.cat([p.grad.flatten() for p in moved]).norm().item()
         h = min(1e-2, 0.1 / norm)
@@ -234,7 +237,7 @@ def test_half_precision_leaves_probabilities_and_masters_in_float32():
         again = agent.get_action_and_value(obs, action)[1]
     assert logprob.dtype == torch.float32 and torch.equal(again, logprob)
     assert all(p.dtype == torch.float32 for p in agent.parameters() if p.requires_grad)
-    frozen = agent.model.backbone.eagle_model.language_model.model.layers[0].mlp.up_proj.weight
+    frozen = agent.network.model.backbone.eagle_model.language_model.model.layers[0].mlp.up_proj.weight
     assert frozen.dtype == torch.bfloat16
 
 
@@ -253,54 +256,62 @@ def test_no_signal_leaks_through_padding():
     assert action["next"].shape == (BATCH, 4, CHUNK, ACTIONS) == (BATCH, 4, *action["action"].shape[1:])
     # The rows of the weights that meet padded states get no gradient.
     agent.get_action_and_value(obs, action)[1].sum().backward()
-    weight = agent.model.action_head.state_encoder.layer1.W.grad[0]
+    weight = agent.network.model.action_head.state_encoder.layer1.W.grad[0]
     assert not weight[20:].any() and weight[:20].abs().max() > 0
     # Nor do those of the decoder that give padded actions, in the warm start and in PPO.
     for loss in (None, ppo_gr00t.flow_matching_loss(agent, obs, torch.rand(BATCH, CHUNK, ACTIONS))):
         if loss is not None:
             agent.zero_grad()
             loss.backward()
-        decoder = agent.model.action_head.action_decoder.layer2
+        decoder = agent.network.model.action_head.action_decoder.layer2
         assert not decoder.W.grad[0][:, ACTIONS:].any() and not decoder.b.grad[0][ACTIONS:].any()
         assert decoder.W.grad[0][:, :ACTIONS].abs().max() > 0
 
 
 def test_text_has_one_length_and_its_padding_is_masked():
     agent, _ = make()
-    ids, mask = agent.token_ids, agent.token_mask
+    ids, mask = agent.network.token_ids, agent.network.token_mask
     assert ids.shape == mask.shape == (20, 2 * 16 + gr00t.TEXT_LENGTH)
     assert len({tuple(row) for row in ids.tolist()}) == 20  # every sentence is another one
     obs = observation()
     before = agent.encode(obs)
     with torch.no_grad():
-        embedding = agent.embedding(agent.context(before), before)
-        agent.token_ids = torch.where(mask == 0, 63, ids)  # other words where there is nothing to read
+        embedding = agent.network.embedding(agent.network.context(before), before)
+        agent.network.token_ids = torch.where(mask == 0, 63, ids)  # other words where there is nothing to read
         after = agent.encode(obs)
         seen = mask[obs["instruction"]].bool()
-        torch.testing.assert_close(agent.backbone(obs)[seen], features_of(agent, obs, ids)[seen], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            agent.network.backbone(obs)[seen], features_of(agent, obs, ids)[seen], atol=1e-5, rtol=0
+        )
         assert before["context"].shape == after["context"].shape
         changed = before | {"context": torch.where(seen[..., None], before["context"], 9.0)}
-        torch.testing.assert_close(agent.embedding(changed["context"], changed), embedding)
+        torch.testing.assert_close(agent.network.embedding(changed["context"], changed), embedding)
 
 
 def features_of(agent, obs, ids):
     rows = obs["instruction"]
-    return gr00t.features(agent.model, ids[rows], agent.token_mask[rows], [obs["front"], obs["wrist"]])
+    return gr00t.features(agent.network.model, ids[rows], agent.network.token_mask[rows], [obs["front"], obs["wrist"]])
 
 
 def test_statistics_map_the_ranges_to_one():
     agent, _ = make()
     state, action = torch.randn(2, 20).sort(0).values, torch.randn(2, ACTIONS).sort(0).values
-    agent.set_statistics(state, action)
-    torch.testing.assert_close(agent.normalise_state(state)[:, 0, :20], torch.tensor([[-1.0], [1.0]]).expand(2, 20))
+    agent.network.set_ranges(state, action)
+    torch.testing.assert_close(
+        agent.network.normalise_state(state)[:, 0, :20], torch.tensor([[-1.0], [1.0]]).expand(2, 20)
+    )
     chunk = torch.rand(5, CHUNK, ACTIONS)
-    torch.testing.assert_close(agent.to_env(agent.normalise_action(chunk)), chunk, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(agent.to_env(agent.network.normalise_action(chunk)), chunk, atol=1e-5, rtol=1e-5)
     other, _ = make()
     other.load_state_dict(agent.state_dict())
-    assert torch.equal(other.statistics()["state"], state)
+    assert torch.equal(other.network.ranges()["state"], state)
 
 
 # --- the stages of training: mock model, frozen backbone, unfreezing, memory
+
+
+def part_of(agent, name):
+    return "critic" if name.startswith("critic") else agent.network.part(name)
 
 
 def hashes(agent):
@@ -310,9 +321,9 @@ def hashes(agent):
 def test_a_mock_of_the_velocity_learns_by_the_policys_own_gradient(monkeypatch):
     """The maths without the network: a velocity that is one vector learns the action that is rewarded."""
     agent, args = make(sde_steps="all")
-    target = torch.zeros(agent.horizon, agent.width, requires_grad=True)
+    target = torch.zeros(agent.network.horizon, agent.network.width, requires_grad=True)
     monkeypatch.setattr(
-        agent, "velocity", lambda context, state, x, time: (target - x) / (1 - time[:, None, None] / 1000)
+        agent.network, "velocity", lambda context, state, x, time: (target - x) / (1 - time[:, None, None] / 1000)
     )
     obs = agent.encode(observation(64))
     optimizer = torch.optim.Adam([target], lr=0.05)
@@ -333,8 +344,8 @@ def test_a_frozen_backbone_runs_once_and_never_in_the_update(monkeypatch):
     agent, args = make()
     agent.set_trainable(ppo_gr00t.stages(args)[0])
     calls = []
-    forward = agent.model.backbone.forward_eagle
-    monkeypatch.setattr(agent.model.backbone, "forward_eagle", lambda *a: calls.append(1) or forward(*a))
+    forward = agent.network.model.backbone.forward_eagle
+    monkeypatch.setattr(agent.network.model.backbone, "forward_eagle", lambda *a: calls.append(1) or forward(*a))
     obs = agent.encode(observation())
     assert calls == [1] and "features" in obs and "front" not in obs
     agent.get_action_and_value(obs)
@@ -361,7 +372,7 @@ def test_parts_unfreeze_one_after_the_other():
             _, logprob, _, value, _ = agent.get_action_and_value(obs)
             optimizer.compute_gradients(logprob.sum() + value.square().sum())
             optimizer.step()
-        moved = {gr00t.part_of(name, agent.model, 2) for name, value in hashes(agent).items() if value != before[name]}
+        moved = {part_of(agent, name) for name, value in hashes(agent).items() if value != before[name]}
         assert moved == set(parts), at
         still = [name for name, p in agent.named_parameters() if not p.requires_grad]
         assert all(hashes(agent)[name] == before[name] for name in still)
@@ -432,7 +443,7 @@ def test_adapters_begin_at_no_change_and_are_merged_into_the_weights():
         return own_action(agent, obs)
 
     assert not any(p.any() for name, p in agent.named_parameters() if "lora_B" in name)
-    plain.model.load_state_dict(gr00t.merged(agent.model).state_dict())
+    plain.network.model.load_state_dict(gr00t.merged(agent.network.model).state_dict())
     torch.testing.assert_close(act(agent), act(plain), atol=1e-6, rtol=0)
     with torch.no_grad():
         for name, p in agent.named_parameters():
@@ -440,22 +451,22 @@ def test_adapters_begin_at_no_change_and_are_merged_into_the_weights():
                 p.add_(0.1 * torch.randn_like(p))
     changed = act(agent)
     assert (changed - act(plain)).abs().max() > 1e-2
-    merged = gr00t.merged(agent.model)
+    merged = gr00t.merged(agent.network.model)
     assert not any("lora" in name for name in merged.state_dict()) and any("lora" in n for n in agent.state_dict())
-    assert merged.state_dict().keys() == plain.model.state_dict().keys()
-    plain.model.load_state_dict(merged.state_dict())
+    assert merged.state_dict().keys() == plain.network.model.state_dict().keys()
+    plain.network.model.load_state_dict(merged.state_dict())
     torch.testing.assert_close(act(plain), changed, atol=1e-5, rtol=0)
 
 
 def test_a_model_is_saved_and_read_back_and_a_checkpoint_leaves_out_what_never_changes(tmp_path):
     agent, _ = make()
-    gr00t.save(agent.model, tmp_path / "model", agent.statistics(), "Pick-v0")
+    gr00t.save(agent.network.model, tmp_path / "model", agent.network.ranges(), "Pick-v0")
     other, _ = make(model=str(tmp_path / "model"), tune="lora", bc_tune="lora")
-    for name, value in agent.model.action_head.state_encoder.state_dict().items():
+    for name, value in agent.network.model.action_head.state_encoder.state_dict().items():
         before = gr00t.load(str(tmp_path / "model")).action_head.state_encoder.state_dict()[name]
         assert torch.equal(before, value)
     known = gr00t.read_statistics(str(tmp_path / "model"), "new_embodiment")
-    assert known["task"] == "Pick-v0" and torch.equal(torch.tensor(known["state"]), agent.state_range)
+    assert known["task"] == "Pick-v0" and torch.equal(torch.tensor(known["state"]), agent.network.state_range)
     saved = other.state_dict()
     assert any("lora_" in name for name in saved) and any(name.startswith("critic") for name in saved)
     assert not any("vision_model" in name and name.endswith("weight") for name in saved)
@@ -489,7 +500,7 @@ def test_mistakes_cost_one_sentence(capsys, tmp_path, monkeypatch):
     agent, args = make()
     assert "--demos" in sentence(capsys, lambda: ppo_gr00t.learn_task(agent, args, None, False))
     wrong = torch.zeros(2, 3)
-    assert "statistics of 3" in sentence(capsys, lambda: agent.set_statistics(wrong, wrong))
+    assert "statistics of 3" in sentence(capsys, lambda: agent.network.set_ranges(wrong, wrong))
     bad = ppo_gr00t.Args(unfreeze_schedule=("critic:0", "legs:3"))
     assert "legs:3" in sentence(capsys, lambda: ppo_gr00t.stages(bad))
     bad = ppo_gr00t.Args(unfreeze_schedule=("dit:3",))

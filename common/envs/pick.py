@@ -173,7 +173,7 @@ class PickEnv(VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": round(1 / CONTROL_DT)}
-    metric_names = ("success", "grasped", "wrong_cube", "instruction")
+    metric_names = ("success", "grasped", "wrong_cube")
     exact_resume = True  # `load_state_dict` restores all there is
 
     def __init__(
@@ -315,7 +315,6 @@ class PickEnv(VectorEnv):
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
         info["episode"] = {"r": self.returns, "l": self.episode_length - self.phase, "success": success.float()}
         info["episode"] |= {"grasped": self.grasped_once.float(), "wrong_cube": self.wrong_cube.float()}
-        info["episode"] |= {"instruction": self.instruction}
         if self.device.type == "cuda" or bool(done.any()):
             self._reset(done)
             obs = _where(done, self._observe(done, final_obs), final_obs)
