@@ -19,7 +19,9 @@ import torch.nn as nn
 
 from common import checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
+from common.dagger import clone_expert, cloning_loss
 from common.envs.aloha import AlohaConfig, AlohaEnv
+from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain, record_video, report
 from common.envs.aloha_expert import Expert
 from common.files import tolerant, write_json
@@ -27,7 +29,6 @@ from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
-from common.replay import Replay, shifted
 from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
 
 SCRIPT = "ppo_aloha_cnn"
@@ -44,7 +45,7 @@ PRESETS = {
     | dict(learning_rate=3e-4, desired_kl=0.0, anneal_lr=False, ent_coef=0.01, vf_coef=1.0, max_grad_norm=0.5)
     | dict(clip_vloss=False, norm_obs=False, obs_type="pixels", action_mode="absolute")
     | dict(image_height=480, image_width=640, crop=(0.0, 0.0, 1.0, 1.0), mesh_detail=0.0, reward="document")
-    | dict(chunk_size=64),
+    | dict(chunk_size=64, precision="float32"),
 }
 
 
@@ -59,13 +60,16 @@ class Args(cli.RunArgs, AlohaConfig):
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
     bc_minutes: float = 8.0  # duration of the warm start
-    bc_batch: int = 128  # frames that are learned from after each step of all environments
+    bc_batch: int = 128  # frames per gradient step of the warm start
+    bc_updates: int = 4  # gradient steps after each step of all environments
     bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
     bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
     bc_fade: float = 0.5  # share of the iterations after which it is zero
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+
+    demo_resets: bool = False  # reverse curriculum: episodes begin in states of demonstrations, ever earlier ones
 
     num_envs: int = 64  # parallel environments, over all ranks
     num_steps: int = 64  # steps per environment and iteration
@@ -92,8 +96,14 @@ class Args(cli.RunArgs, AlohaConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
+    encoder: Literal["nature", "impala"] = "nature"
+    """nature: three convolutions (Mnih et al. 2015); impala: residual blocks (Espeholt et al. 2018)"""
     embedding: int = 512  # width of what the encoder gives
+    layer_norm: bool = False  # normalise the embedding and every hidden layer (Ba, Kiros and Hinton 2016), then ReLU
     grey: bool = False  # let the encoder see brightness alone
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the encoder; auto: bfloat16 where the hardware has it, else float32"""
+    pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are
 
     ranks: int = 0  # processes that share the environments on a CPU (0: as many as pay); on GPUs use torchrun
     chunk_size: int = 4096  # samples per forward pass after the rollout, as many as the memory holds
@@ -174,6 +184,26 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
+class NormReLU(nn.Module):
+    """ReLU of features (batch, width) that are normalised over the width, without parameters."""
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
+
+
+class Residual(nn.Module):
+    """IMPALA's block: what it gives is added to what it takes, (batch, channels, height, width)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        first, second = (layer_init(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        self.convolutions = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
+
+    def forward(self, x):
+        return x + self.convolutions(x)
+
+
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -184,12 +214,19 @@ class Encoder(nn.Module):
         channels //= 3 if args.grey else 1
         frame = torch.zeros(1, channels, height, width)
         layers = []
-        for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
-            channels = width
-        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
+        if args.encoder == "impala":
+            for width in (16, 32, 32):
+                layers += [layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, 2, padding=1)]
+                layers += [Residual(width), Residual(width)]
+                channels = width
+            layers.append(nn.ReLU())
+        else:  # detail 21: the CNN of Nature, shared by actor and critic
+            for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+                layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
+                channels = width
+        self.cnn = nn.Sequential(*layers, nn.Flatten())
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
-        self.linear = nn.Sequential(flat, nn.ReLU())
+        self.linear = nn.Sequential(flat, NormReLU() if args.layer_norm else nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
         self.grey = args.grey
 
@@ -222,13 +259,18 @@ class Agent(nn.Module):
         self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
         self.privileged = state is not None  # --critic state
-        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=nn.ELU)
+        activation = NormReLU if args.layer_norm else nn.ELU
+        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=activation)
         if self.privileged:  # of states that are normalised in the critic itself
             self.critic = nn.Sequential(RunningMeanStd(state.shape[0], 1e-5), self.critic)
-        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs
+        # detail 26: separate MLPs
+        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=activation)
+        # Tells the objects' poses, which stand last in the state, from what the policy sees.
+        self.pose = layer_init(nn.Linear(width, envs.pose_dim)) if self.privileged and args.pose_coef else None
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
         self.logstd_limits = (math.log(args.min_std), math.log(10.0))
+        self.bfloat16 = args.precision == "bfloat16"
 
     def normalise(self, obs):
         if self.stats is None:
@@ -248,12 +290,16 @@ class Agent(nn.Module):
     def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
-    def get_value(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch,)
-        return self.critic(self.encoder(obs) if not self.privileged else obs["state"]).squeeze(-1)
+    def embed(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch, width)
+        with torch.autocast(self.actor_logstd.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.encoder(obs).float()
+
+    def get_value(self, obs):  # (batch,)
+        return self.critic(self.embed(obs) if not self.privileged else obs["state"]).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
-        return self.actor(self.encoder(obs))
+        return self.actor(self.embed(obs))
 
     def sample(self, dist):
         return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
@@ -265,7 +311,7 @@ class Agent(nn.Module):
         return gaussian_kl(old_dist, old_std, dist, self.std())
 
     def get_action_and_value(self, obs, action=None):
-        embedding = self.encoder(obs)
+        embedding = self.embed(obs)
         dist = self.actor(embedding)
         value = self.critic(embedding if not self.privileged else obs["state"]).squeeze(-1)
         if action is None:
@@ -273,8 +319,8 @@ class Agent(nn.Module):
         return action, *self.log_prob_and_entropy(dist, action), value, dist
 
     def forward(self, obs):
-        """The deterministic policy on raw observations: what is evaluated and exported."""
-        return self.get_dist(self.normalise(obs))
+        """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
+        return self.actor(self.encoder(self.normalise(obs)))
 
 
 # === gae ===
@@ -350,61 +396,6 @@ def ppo_loss(agent, args, minibatch):
     return loss, stats
 
 
-# --- the warm start
-
-
-def cloning_loss(means, labels):
-    """Of means and the expert's actions (batch, action_dim). The absolute error: where the expert opens or closes a
-    gripper, its least is at one of the two, and that of the squared error between them.
-    """
-    return (means - labels).abs().mean()
-
-
-def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt):
-    """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
-    more of which are the policy's own. Gives the last observation and what was done.
-
-    The expert acts in a share of the environments that falls from all of them to none in the first half.
-    """
-    N = envs.num_envs
-    device = envs.device
-    spaces = {"obs": envs.single_observation_space, "labels": envs.single_action_space}
-    replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)  # bounded in memory
-    by_expert = torch.ones(N, 1, dtype=torch.bool, device=device)
-    meter = Meter()
-    start = said = time.time()
-    progress = 0.0  # of all ranks, which must do the same
-    while progress < 1 and not distributed.any_rank(interrupt, device):
-        labels = expert(envs)
-        replay.add({"obs": next_obs, "labels": labels})
-        agent.update_stats(next_obs)
-        with torch.no_grad():
-            actions = agent.sample(torch.where(by_expert, labels, agent(next_obs)))
-        next_obs, _, _, _, info = envs.step(actions)
-        meter.add({"success": info["episode"]["success"]}, info["_episode"])
-        # Who acts changes in the middle of an episode too: each goes on from where the other has led.
-        change = torch.rand(N, 1, device=device) < 0.02
-        by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 2 * progress, by_expert)
-
-        learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
-        minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
-        loss = cloning_loss(agent(shifted(minibatch["obs"], args.random_shift)), minibatch["labels"])
-        optimizer.compute_gradients(loss)
-        optimizer.all_reduce()
-        optimizer.clip_gradients(args.max_grad_norm)
-        optimizer.step()
-        meter.add({"loss": loss.detach()})
-        minutes = (time.time() - start) / 60
-        progress = distributed.mean(torch.tensor(minutes / args.bc_minutes, dtype=torch.float64)).item()
-        if distributed.any_rank(time.time() - said > 15 or progress >= 1, device):
-            said = time.time()
-            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
-    learning_rate.fill_(args.learning_rate)
-    return next_obs, {"warm_start_frames": replay.count * args.ranks, "warm_start_minutes": (time.time() - start) / 60}
-
-
 # === learning rate ===
 def adapt_learning_rate(learning_rate, kl, desired_kl):
     """rsl_rl's rule, on the device: by 1.5 down above twice the desired KL, up below half of it (but not at zero)."""
@@ -423,9 +414,10 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "bc_minutes", "bc_batch", "bc_frames", "bc_learning_rate", "bc_fade"):
+    warm_start = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate", "bc_fade")
+    for name in ("embedding", *warm_start):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    for name in ("bc_coef", "critic_iterations", "random_shift"):
+    for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
@@ -450,6 +442,9 @@ def main(args: Args):
     expert = Expert(args, device)
 
     # --- agent
+    curriculum = Curriculum(args, args.seed, N, device) if args.demo_resets else None
+    if curriculum:
+        envs.start_states = curriculum.starts
     agent = Agent(envs, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
@@ -503,6 +498,8 @@ def main(args: Args):
         next_obs = to(run.own["next_obs"], device)
         next_start = run.own["next_start"].to(device)
         running_return = run.own["running_return"].to(device)
+        if curriculum:
+            curriculum.load_state_dict(run.own)
     else:
         next_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
 
@@ -537,7 +534,10 @@ def main(args: Args):
                 labels[t] = expert(envs)
             actions[t] = policy(next_obs)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
+            back = curriculum.back.clone() if curriculum else None
             next_obs, rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
+            if curriculum:
+                curriculum.learn(back, info["_episode"], info["episode"]["success"])
             next_start = info["_episode"].float()
             final_obs.add(truncations[t], info["final_obs"])
             episodes.add(episode_metrics(info), info["_episode"])
@@ -592,6 +592,8 @@ def main(args: Args):
                 losses.add(stats)
             if args.target_kl and stats["kl"] > args.target_kl:
                 break
+        if curriculum:
+            curriculum.advance()
         agent.update_stats(flatten(obs))  # after the update, so that the first minibatch's ratio is exactly 1
         run.iteration += 1
 
@@ -609,6 +611,8 @@ def main(args: Args):
                 "losses/explained_variance": 1 - (b_returns - b_values).var() / b_returns.var(),
             }
             metrics["charts/action_std"] = agent.std().mean()
+            if curriculum:
+                metrics["charts/frontier"] = curriculum.frontier
             metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
             metrics |= episodes.means()
             metrics |= {SB3_NAMES[name]: value for name, value in metrics.items() if name in SB3_NAMES}
@@ -621,6 +625,8 @@ def main(args: Args):
         if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
             own = {"envs": envs.state_dict(), "next_obs": next_obs}
             own |= {"next_start": next_start, "running_return": running_return}
+            if curriculum:
+                own |= curriculum.state_dict()
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
         if evaluate_now and rank == 0:
             result = run_evaluation(agent, args, envs)
@@ -648,6 +654,8 @@ def main(args: Args):
             checkpoint.export_onnx(agent, example, run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
+        if curriculum:
+            result["success_by_steps_before"] = curriculum.measure(agent, args, args.eval_episodes, device)
         with tolerant("the final evaluation", run.dir, saved):
             report(agent, args, result, run.dir, "final_model", args.save_video)
             write_json(run.dir / "summary.json", summary | warm_start | result | run_info())
@@ -678,6 +686,8 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
         args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+    if args.precision == "auto":
+        args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

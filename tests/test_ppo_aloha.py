@@ -9,9 +9,9 @@ from gymnasium.spaces import Box, Dict
 from harness import ALOHA, SCRIPTS, ScriptedEnv, SilentLogger, kept, shaken, unshuffled
 
 from common import checkpoint
+from common.dagger import Replay, pose_loss, shifted
 from common.envs import aloha_eval
 from common.envs.aloha import AlohaConfig
-from common.replay import Replay, shifted
 
 
 @pytest.fixture
@@ -212,6 +212,43 @@ def test_pictures_alone_and_grey_ones(script):
     assert agent.encoder.cnn[0].in_channels == 1
     torch.testing.assert_close(agent(pixels), agent(grey), atol=2e-3, rtol=0)
     assert not torch.allclose(agent(pixels), agent(255 - pixels), atol=5e-3)
+
+
+def test_the_warm_start_may_teach_the_encoder_where_the_objects_are(script):
+    envs = SimpleNamespace(single_observation_space=PRIVILEGED, single_action_space=Box(-1, 1, (3,)), pose_dim=2)
+    agent = script.ppo.Agent(envs, script.args(pose_coef=0.5))
+    obs = observations(64)
+    agent.update_stats(obs)
+    target = agent.critic[0](obs["state"])[:, -2:]
+    loss = pose_loss(agent, agent.embed(agent.normalise(obs)), obs["state"])
+    assert loss == (agent.pose(agent.embed(agent.normalise(obs))) - target).abs().mean()
+    encoder = torch.autograd.grad(loss, list(agent.encoder.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in encoder)
+    assert script.ppo.Agent(envs, script.args()).pose is None
+
+
+@torch.no_grad()
+def test_layers_are_normalised_and_residual_blocks_add(script):
+    x = 5 + 3 * torch.randn(8, 100)
+    expected = torch.nn.functional.layer_norm(x, (100,)).relu()
+    torch.testing.assert_close(script.ppo.NormReLU()(x), expected)
+    agent, obs = agent_for(script, ALOHA, encoder="impala", layer_norm=True), observations(4, ALOHA)
+    assert agent(obs).shape == (4, 3) and agent.encoder.cnn(torch.zeros(1, 3, 36, 36)).shape == (1, 32 * 5 * 5)
+    block, pictures = script.ppo.Residual(4), torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(block(pictures) - pictures, block.convolutions(pictures))
+    assert not torch.equal(block(pictures), pictures)
+
+
+@torch.no_grad()
+def test_training_may_be_in_bfloat16_and_what_is_deployed_is_not(script):
+    obs = observations(4, ALOHA)
+    exact = agent_for(script, ALOHA, precision="float32")
+    rough = agent_for(script, ALOHA, precision="bfloat16")
+    rough.load_state_dict(exact.state_dict())
+    assert torch.equal(rough(obs), exact(obs))
+    mean = rough.get_dist(rough.normalise(obs))
+    assert mean.dtype == torch.float32 and not torch.equal(mean, exact(obs))
+    torch.testing.assert_close(mean, exact(obs), atol=0.02, rtol=0.02)
 
 
 def test_the_documents_network_is_that_of_nature_with_two_heads(script):
