@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, distributed
+from common import checkpoint, cli, dagger, distributed
 from common.cuda_graph import CudaGraph
-from common.dagger import clone_expert, cloning_loss
 from common.envs.aloha import AlohaConfig, AlohaEnv
 from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain, record_video, report
 from common.envs.aloha_expert import Expert
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
+from common.layers import NormReLU, Residual
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
@@ -35,11 +35,15 @@ SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
+# Noise of 0.02 rad, two thirds of an action, defeats the insertion, so the policy starts with less.
+LEARNS = dict(init_std=0.2, learning_rate=1e-4, num_steps=128, num_minibatches=8, update_epochs=2, critic_iterations=5)
+LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), critic="state", pose_coef=0.3, bc_coef=1.0, bc_fade=2.0)
+LEARNS |= dict(image_height=64, image_width=96, crop=(0.28, 0.42, 0.72, 0.74), mesh_detail=0.012)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    # Noise of 0.02 rad, two thirds of an action, defeats the insertion, so the policy starts with less.
-    "fast": dict(num_envs=64, num_iterations=300, init_std=0.2),
-    "gpu": dict(num_envs=512, num_iterations=300, init_std=0.2),
+    "fast": LEARNS | dict(num_iterations=20, bc_minutes=9.0),
+    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0, bc_frames=150_000),
+    "gpu": LEARNS | dict(num_envs=512, num_iterations=200),
     # PPO of Stable-Baselines3 with its defaults where the document names no value.
     "document": dict(num_envs=4, num_steps=2048, num_iterations=122, num_minibatches=128, update_epochs=10)
     | dict(learning_rate=3e-4, desired_kl=0.0, anneal_lr=False, ent_coef=0.01, vf_coef=1.0, max_grad_norm=0.5)
@@ -50,7 +54,7 @@ PRESETS = {
 
 
 @dataclass
-class Args(cli.RunArgs, AlohaConfig):
+class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: gpu on a GPU, else fast; document: the recipe that this was made for, as it stands"""
     exp_name: str = SCRIPT  # name of the experiment
@@ -59,15 +63,9 @@ class Args(cli.RunArgs, AlohaConfig):
     eval_backend: Literal["fast", "gym-aloha"] = "fast"  # environment of evaluations; the package's is slow
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
-    bc_minutes: float = 8.0  # duration of the warm start
-    bc_batch: int = 128  # frames per gradient step of the warm start
-    bc_updates: int = 4  # gradient steps after each step of all environments
-    bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
-    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
     bc_fade: float = 0.5  # share of the iterations after which it is zero
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
-    random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
 
     demo_resets: bool = False  # reverse curriculum: episodes begin in states of demonstrations, ever earlier ones
 
@@ -103,7 +101,6 @@ class Args(cli.RunArgs, AlohaConfig):
     grey: bool = False  # let the encoder see brightness alone
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the encoder; auto: bfloat16 where the hardware has it, else float32"""
-    pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are
 
     ranks: int = 0  # processes that share the environments on a CPU (0: as many as pay); on GPUs use torchrun
     chunk_size: int = 4096  # samples per forward pass after the rollout, as many as the memory holds
@@ -112,9 +109,6 @@ class Args(cli.RunArgs, AlohaConfig):
 
     batch_size: int = 0  # computed at run time: samples per iteration on this rank
     minibatch_size: int = 0  # computed at run time: samples per minibatch on this rank
-
-    def __post_init__(self):
-        self.task = TASKS[self.env_id]
 
 
 # === layer init ===
@@ -184,26 +178,6 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
-class NormReLU(nn.Module):
-    """ReLU of features (batch, width) that are normalised over the width, without parameters."""
-
-    def forward(self, x):
-        x = x - x.mean(-1, keepdim=True)
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
-
-
-class Residual(nn.Module):
-    """IMPALA's block: what it gives is added to what it takes, (batch, channels, height, width)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        first, second = (layer_init(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
-        self.convolutions = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
-
-    def forward(self, x):
-        return x + self.convolutions(x)
-
-
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -259,13 +233,11 @@ class Agent(nn.Module):
         self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
         self.privileged = state is not None  # --critic state
-        activation = NormReLU if args.layer_norm else nn.ELU
-        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=activation)
+        unit = NormReLU if args.layer_norm else nn.ELU
+        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=unit)
         if self.privileged:  # of states that are normalised in the critic itself
             self.critic = nn.Sequential(RunningMeanStd(state.shape[0], 1e-5), self.critic)
-        # detail 26: separate MLPs
-        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=activation)
-        # Tells the objects' poses, which stand last in the state, from what the policy sees.
+        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=unit)  # detail 26: separate MLPs
         self.pose = layer_init(nn.Linear(width, envs.pose_dim)) if self.privileged and args.pose_coef else None
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
@@ -390,7 +362,7 @@ def ppo_loss(agent, args, minibatch):
         }
     # === end ppo loss ===
     if "labels" in minibatch:
-        bc_loss = cloning_loss(newdist, minibatch["labels"])
+        bc_loss = dagger.cloning_loss(newdist, minibatch["labels"])
         loss = loss + minibatch["bc_coef"].mean() * bc_loss
         stats["bc_loss"] = bc_loss.detach()
     return loss, stats
@@ -414,8 +386,7 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    warm_start = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate", "bc_fade")
-    for name in ("embedding", *warm_start):
+    for name in ("embedding", "bc_fade", "bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
@@ -506,7 +477,9 @@ def main(args: Args):
     interrupt = checkpoint.Interrupt()
     warm_start = {}
     if args.bc_init and not args.resume:  # a resumed run goes on with PPO
-        next_obs, warm_start = clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt)
+        next_obs, warm_start = dagger.clone_expert(
+            agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt
+        )
         own = {"envs": envs.state_dict(), "next_obs": next_obs}
         own |= {"next_start": next_start, "running_return": running_return}
         run.save(own, "model_0.pt")
@@ -534,10 +507,9 @@ def main(args: Args):
                 labels[t] = expert(envs)
             actions[t] = policy(next_obs)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
-            back = curriculum.back.clone() if curriculum else None
             next_obs, rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
             if curriculum:
-                curriculum.learn(back, info["_episode"], info["episode"]["success"])
+                curriculum.learn(info)
             next_start = info["_episode"].float()
             final_obs.add(truncations[t], info["final_obs"])
             episodes.add(episode_metrics(info), info["_episode"])
@@ -576,7 +548,7 @@ def main(args: Args):
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs, "dists": b_dists}
         batch |= {"returns": b_returns, "values": b_values}
         if args.bc_coef:
-            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade)
+            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade) * (run.iteration >= args.critic_iterations)
             batch |= {"labels": flatten(labels), "bc_coef": torch.full_like(b_values, bc_coef)}
 
         # --- update
@@ -684,6 +656,7 @@ def evaluate_checkpoint(args: Args):
 
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
+    args.task = TASKS[args.env_id]  # tyro leaves the one of the defaults
     if not args.ranks:
         args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
     if args.precision == "auto":

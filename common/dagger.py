@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import dataclass
 
 import gymnasium as gym
 import torch
@@ -9,6 +10,19 @@ import torch
 from common import distributed
 from common.meter import Meter
 from common.storage import put, take, zeros
+
+
+@dataclass
+class DaggerConfig:
+    """The flags of the warm start."""
+
+    bc_minutes: float = 8.0  # duration of the warm start
+    bc_batch: int = 128  # frames per gradient step of the warm start
+    bc_updates: int = 4  # gradient steps after each step of all environments
+    bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
+    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
+    random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+    pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are
 
 
 class Replay:
@@ -115,4 +129,6 @@ def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, 
             if os.environ.get("RANK", "0") == "0":
                 print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
     learning_rate.fill_(args.learning_rate)
+    for moment in optimizer.adam.state[optimizer.flat].values():  # else the first steps of PPO would still clone
+        moment.zero_()
     return next_obs, {"warm_start_frames": replay.count * args.ranks, "warm_start_minutes": (time.time() - start) / 60}

@@ -48,21 +48,32 @@ def test_starts_are_within_the_frontier_and_remembered(curriculum):
     assert seen == set(range(1, 8)) and not curriculum.back[[0, 2]].any()
 
 
+def ended(success):
+    return {"_episode": torch.tensor([True, True, True, False]), "episode": {"success": success.float()}}
+
+
 @pytest.mark.parametrize("succeeded, frontier", [(79, 20), (80, 25)])
 def test_the_frontier_moves_when_starts_near_it_succeed(curriculum, succeeded, frontier):
     curriculum.frontier = 20
-    back = torch.tensor([10, 11, 20, 20])  # the first start is too near to success to tell
+    curriculum.back_before = torch.tensor([10, 11, 20, 20])  # the first start is too near to success to tell
     for i in range(50):
-        curriculum.learn(back, torch.tensor([True, True, True, False]), (i < torch.tensor([50, succeeded - 40, 40, 0])))
+        curriculum.learn(ended(i < torch.tensor([50, succeeded - 40, 40, 0])))
         curriculum.advance()
         assert curriculum.frontier == (20 if i < 49 else frontier)
     assert not curriculum.counts.any()  # counting begins anew
 
 
+def test_episodes_count_for_where_they_began_and_not_for_where_the_next_ones_do(curriculum):
+    curriculum.frontier, curriculum.back = 20, torch.full((4,), 19)
+    curriculum.starts(torch.tensor([0, 1, 2]))
+    curriculum.back[:] = 0
+    curriculum.learn(ended(torch.ones(4)))
+    assert curriculum.counts.tolist() == [3, 3]
+
+
 def test_the_frontier_ends_with_the_longest_demonstration(curriculum):
     curriculum.frontier = longest = int(curriculum.length.max())
-    curriculum.learn(torch.full((4,), longest), torch.ones(4, dtype=torch.bool), torch.ones(4))
-    curriculum.counts *= 100
+    curriculum.counts += 100
     curriculum.advance()
     assert curriculum.frontier == longest > 50
 

@@ -1,5 +1,8 @@
 """What ppo_aloha_cnn.py has of its own: the warm start, the cloning term, the privileged critic, evaluation."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +54,7 @@ def warm_start(script, monkeypatch):
         monkeypatch.setattr(agent, "sample", lambda dist: (drawn.append(dist), sample(dist))[1])
         before = {name: p.clone() for name, p in agent.named_parameters()}
         obs, _ = envs.reset()
-        obs, done = script.ppo.clone_expert(agent, args, envs, expert, optimizer, learning_rate, obs, interrupt)
+        obs, done = script.ppo.dagger.clone_expert(agent, args, envs, expert, optimizer, learning_rate, obs, interrupt)
         assert torch.equal(obs, envs.obs) and learning_rate == args.learning_rate
         return SimpleNamespace(agent=agent, before=before, drawn=drawn, stored=stored, done=done)
 
@@ -88,10 +91,10 @@ def test_an_interrupt_ends_the_warm_start(warm_start):
 
 
 def test_the_warm_start_is_saved_and_not_repeated_by_a_resumed_run(script, run_main, monkeypatch):
-    calls, clone = [], script.ppo.clone_expert
+    calls, clone = [], script.ppo.dagger.clone_expert
     monkeypatch.setattr(script.ppo, "AlohaEnv", lambda num_envs, device, seed, **settings: Env(num_envs, seed))
     monkeypatch.setattr(script.ppo, "Expert", lambda cfg, device: expert)
-    monkeypatch.setattr(script.ppo, "clone_expert", lambda *args: (calls.append(1), clone(*args))[1])
+    monkeypatch.setattr(script.ppo.dagger, "clone_expert", lambda *args: (calls.append(1), clone(*args))[1])
     state = run_main(bc_init=True, bc_minutes=0.001)
     folder = state["args"]["log_dir"]
     warm = checkpoint.load(f"{folder}/checkpoints/model_0.pt", script.name)
@@ -260,6 +263,19 @@ def test_the_documents_network_is_that_of_nature_with_two_heads(script):
     heads = [(256, 512), (256, 256)]
     convolutions = [(32, 3, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 64 * 7 * 7)]
     assert shapes == [*convolutions, *heads, (1, 256), *heads, (14, 256)]
+
+
+# --- the command line
+
+
+def test_the_task_is_that_of_the_flag(tmp_path):
+    flags = "--env-id AlohaTransferCube-v0 --obs-type state --num-envs 2 --num-steps 2 --num-minibatches 1 --device cpu"
+    flags += " --ranks 1 --num-iterations 1 --episode-steps 2 --eval-episodes 1 --no-save-video"
+    command = [sys.executable, "ppo_aloha_cnn.py", *flags.split(), "--log-dir", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, capture_output=True)
+    state = checkpoint.load(tmp_path / "run", "ppo_aloha_cnn")
+    assert state["args"]["task"] == "transfer_cube"
+    assert state["ranks"][0]["envs"]["physics"]["qpos"].shape == (2, 16 + 7)  # one object
 
 
 # --- evaluation

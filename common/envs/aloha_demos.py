@@ -20,6 +20,7 @@ class Curriculum:
         self.frontier = self.STEP
         self.counts = torch.zeros(2, device=device)  # of the farther half since the last decision: episodes, successes
         self.back = torch.zeros(num_envs, dtype=torch.long, device=device)  # steps before success of each one's start
+        self.back_before = self.back
         settings = plain(cfg) | {"obs_type": "state", "critic": "pixels", "env_backend": "fast"}
         envs = AlohaEnv(self.DEMOS, device, seed, **settings)
         expert = Expert(cfg, device)
@@ -42,14 +43,15 @@ class Curriculum:
         return {name: value[step, demo] for name, value in self.states.items()}
 
     def starts(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`start_states` of a training environment; `learn` must have been told of the episodes that ended before."""
+        """`start_states` of the training environment."""
+        self.back_before = self.back.clone()  # of the episodes that have ended, which `learn` is told of next
         self.back[rows] = torch.randint(1, self.frontier + 1, rows.shape, device=rows.device)
         return self.states_before(self.back[rows])
 
-    def learn(self, back, ended, success):
-        """From one step: `back` (num_envs,) before it, and where an episode `ended`, with what `success`."""
-        counted = ended & (back > self.frontier / 2)
-        self.counts += torch.stack((counted.sum(), (success * counted).sum()))
+    def learn(self, info: dict):
+        """Counts the successes of the episodes that ended in one step, by its `info`."""
+        counted = info["_episode"] & (self.back_before > self.frontier / 2)
+        self.counts += torch.stack((counted.sum(), (info["episode"]["success"] * counted).sum()))
 
     def advance(self):
         """Moves the frontier, of all ranks, where success is frequent; at most to the longest demonstration's start."""
