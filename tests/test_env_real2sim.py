@@ -279,7 +279,7 @@ def test_targets_move_by_the_action_and_stay_in_their_limits():
     torch.testing.assert_close(env.target, before + moved)
     for _ in range(150):
         env.step(torch.ones(1, 9))
-        assert (env.target <= env._upper).all() and (env.target - env.q).abs().max() < real2sim.LEAD + 0.2
+        assert (env.target <= env._upper).all() and (env.target - env.q).abs().max() < env.cfg.lead + 0.2
     assert env.target[0, 7:].tolist() == pytest.approx([0.04, 0.04])
 
 

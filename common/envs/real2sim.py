@@ -32,7 +32,6 @@ from common.physics import BatchedMujoco, resolve_backend
 SUBSTEPS = 4  # physics steps of 5 ms per control step: 50 Hz
 JOINT_STEP = 0.04  # rad, a joint's target per control step at action 1
 FINGER_STEP = 0.004  # m, a finger's
-LEAD = 0.2  # rad, how far a target may run ahead of its joint
 HOME_NOISE = 0.02  # rad, half width
 TCP = 0.1034  # m along the hand's z axis, between the pads
 TABLE_MIN, TABLE_MAX = (-0.2, -0.6), (0.9, 0.6)  # m; an object whose centre is beyond has fallen off
@@ -196,7 +195,7 @@ class Real2SimEnv(VectorEnv):
         """Advances all environments by 20 ms; see docs/environments.md for what it returns."""
         self.action = torch.as_tensor(actions, dtype=torch.float32, device=self.device).clamp(-1.0, 1.0)
         target = self.target + self._action_scale * self.action
-        target = torch.maximum(torch.minimum(target, self.q + LEAD), self.q - LEAD)
+        target = torch.maximum(torch.minimum(target, self.q + self.cfg.lead), self.q - self.cfg.lead)
         self.target = torch.maximum(torch.minimum(target, self._upper), self._lower)
         self.physics.ctrl.copy_(self.target)
         self.physics.step(SUBSTEPS)
