@@ -589,3 +589,18 @@ def test_what_mjx_cannot_do_is_one_sentence():
     with pytest.raises(ValueError, match="--backend mjx holds geom_dataid once for all worlds") as error:
         make(2, backend="mjx", objects=TWO)
     assert "\n" not in str(error.value)
+
+
+# --- the pipeline's phases
+
+
+def test_pipeline_sets_up_and_steps_an_engine(tmp_path):
+    run = lambda *a: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "benchmark.real2sim_pipeline", *a], capture_output=True, text=True, cwd=ROOT
+    )
+    done = run("6", "box", "bottle", "--engines", "mujoco", "--num-envs", "4", "--out", str(tmp_path))
+    assert done.returncode == 0 and "control steps/s in 4 worlds" in done.stdout, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["bottle_hulls.png", "box_hulls.png"]
+    wrong = run("6", "nothing.stl")
+    assert wrong.returncode == 2 and "cannot read nothing.stl" in wrong.stderr
+    assert run("5").returncode == 2
