@@ -16,17 +16,19 @@ import numpy as np
 
 from common.files import atomic
 
-VERSION = 3  # of what this file makes of a scan; part of the cache's key
+VERSION = 5  # of what this file makes of a scan; part of the cache's key
 SUFFIXES = (".stl", ".obj", ".ply")
 SIZES = (0.01, 0.5)  # m, the largest side of what a hand can be asked to hold
 AUTO_SIZE = 0.1  # m, the largest side that a scan of unknown units is given
 MAX_HULLS, MAX_VERTICES = 16, 32
 CONVEX = 0.93  # of its hull's volume: such a shape is its hull
-CONCAVITIES = (0.2, 0.1, 0.05)  # CoACD's threshold, coarse to fine
+CONCAVITIES = (0.1, 0.05)  # CoACD's threshold, coarse to fine
+SEARCH = dict(mcts_iterations=60, mcts_nodes=12, resolution=1000)  # CoACD's, at half its usual expense
 VOLUME_RATIOS = (0.8, 1.3)  # of the hulls' union to the mesh; the first threshold that comes into these is taken
 VOLUME_LIMITS = (0.5, 2.0)  # beyond these no object comes of it
-DRAWN_FACES = 4000  # a mesh that is drawn has no more
+FACES = 4000  # of a mesh, once its volume and inertia are known
 CELLS = 64  # along the longest side, of the grid that makes a surface of points
+THICKENING = (1.0, 1.5, 2.2, 3.3)  # of the shell of cells round points, until it closes
 SURFACE_SAMPLES = 60_000  # points on a surface that is built anew
 
 
@@ -139,23 +141,40 @@ def repair(mesh, source: str, notes: list[str]):
     if mesh.is_volume:
         notes.append("closed as it is")
         return mesh
-    holed = mesh.copy()
-    trimesh.repair.fix_normals(holed)
-    if holed.fill_holes(use_fan=True):
-        trimesh.repair.fix_normals(holed)
-        if holed.is_volume:
-            added = len(holed.faces) - len(mesh.faces)
-            notes.append(
-                f"not closed: {added} triangles fill its holes" if added else "its normals were turned outwards"
-            )
-            return holed
-    solid = _manifold(holed)
+    trimesh.repair.fix_normals(mesh)
+    if mesh.is_volume:
+        notes.append("its normals were turned outwards")
+        return mesh
+    capped = _capped(mesh)
+    trimesh.repair.fix_normals(capped)
+    # Where most edges are rims the triangles are loose, and closing each would make nothing of them.
+    if capped.is_volume and len(capped.faces) < 1.5 * len(mesh.faces):
+        notes.append(f"not closed: {len(capped.faces) - len(mesh.faces)} triangles fill its holes")
+        return capped
+    solid = _manifold(capped)
     if solid is not None:
         notes.append("not a closed surface: repaired by manifold3d")
         return solid
     notes.append(f"not a closed surface: built anew through {SURFACE_SAMPLES} points on it")
     points, _ = trimesh.sample.sample_surface(mesh, SURFACE_SAMPLES, seed=0)
     return _surface(np.asarray(points), source, notes)
+
+
+def _capped(mesh):
+    """`mesh` with a fan of triangles round the middle of each hole."""
+    import trimesh
+    from scipy import sparse
+
+    _, first, count = np.unique(mesh.edges_sorted, axis=0, return_index=True, return_counts=True)
+    rim = mesh.edges[first[count == 1]]  # (n, 2), as the one triangle at each edge goes along it
+    total = len(mesh.vertices)
+    links = sparse.coo_array((np.ones(len(rim)), rim.T), (total, total))
+    _, hole = sparse.csgraph.connected_components(links, directed=False)
+    _, hole = np.unique(hole[rim[:, 0]], return_inverse=True)
+    middles = [mesh.vertices[rim[hole == index, 0]].mean(0) for index in range(hole.max(initial=-1) + 1)]
+    fans = np.stack((rim[:, 1], rim[:, 0], total + hole), 1)
+    vertices = np.concatenate((mesh.vertices, np.reshape(middles, (-1, 3))))
+    return trimesh.Trimesh(vertices, np.concatenate((mesh.faces, fans)), process=False)
 
 
 def _without_crumbs(mesh, notes: list[str]):
@@ -166,13 +185,17 @@ def _without_crumbs(mesh, notes: list[str]):
     import trimesh
 
     kept = [part for part in parts if part.area >= 0.01 * mesh.area]
+    if sum(part.area for part in kept) < 0.9 * mesh.area:
+        return mesh
     if len(kept) < len(parts):
         notes.append(f"{len(parts) - len(kept)} loose crumbs left out")
     return trimesh.util.concatenate(kept)
 
 
-def _manifold(mesh):
-    """manifold3d's reading of `mesh` as a trimesh.Trimesh, or None where it finds no solid."""
+def _manifold(mesh, tolerance: float = 0.0):
+    """manifold3d's reading of `mesh` as a trimesh.Trimesh, or None where it finds no solid. With a tolerance, triangles
+    go whose loss moves the surface by no more.
+    """
     import manifold3d
 
     given = manifold3d.Mesh(np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces, np.uint32))
@@ -180,7 +203,7 @@ def _manifold(mesh):
     solid = manifold3d.Manifold(given)
     if solid.status() != manifold3d.Error.NoError or solid.volume() <= 0:
         return None
-    return _trimesh(solid)
+    return _trimesh(solid.simplify(tolerance) if tolerance else solid)
 
 
 def _trimesh(solid):
@@ -207,18 +230,23 @@ def _surface(points: np.ndarray, source: str, notes: list[str]):
     spacing = float(np.quantile(spacing, 0.95))
     if spacing > 4 * cell:
         raise ValueError(f"--objects: {source} has {len(points)} points, too few to tell where its surface is")
-    radius = max(1.6 * cell, 1.2 * spacing)
-    pad = 3 + math.ceil(radius / cell)
+    thinnest = max(1.6 * cell, 1.2 * spacing)
+    pad = 3 + math.ceil(max(THICKENING) * thinnest / cell)
     low = points.min(0) - pad * cell
     shape = np.ceil(np.ptp(points, axis=0) / cell).astype(int) + 2 * pad
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1) * cell + low
     distance = spatial.cKDTree(points).query(grid.reshape(-1, 3))[0].reshape(shape)
-    shell = distance < radius
-    solid = ndimage.binary_fill_holes(shell)
-    inside = solid & ~shell
-    if inside.sum() * cell**3 < 0.05 * np.prod(np.ptp(points, axis=0)):
-        field, level = ndimage.gaussian_filter(distance, 0.7), 0.7 * radius
-        notes.append(f"its points close no volume: walls of {2000 * 0.7 * radius:.3g}/1000 units stand for them")
+    for thickening in THICKENING:
+        shell = distance < thickening * thinnest
+        solid = ndimage.binary_fill_holes(shell)
+        inside = solid & ~shell
+        closed = inside.sum() * cell**3 > 0.05 * np.prod(np.ptp(points, axis=0))
+        if closed:
+            break
+    if not closed:
+        wall = 1.4 * thinnest
+        field, level = ndimage.gaussian_filter(distance, 0.7), wall / 2
+        notes.append(f"its points close no volume: a wall {wall:.2g} units thick stands for them")
     else:
         field = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(solid)
         field, level = ndimage.gaussian_filter(field, 1.0), 0.0
@@ -267,18 +295,17 @@ def _decompose(name: str, source: str, mesh, notes: list[str]) -> ScannedObject:
         raise ValueError(f"--objects: {source} has no volume")
     mesh.apply_translation(-centre)
     inertia = np.array(mesh.moment_inertia)  # exact integrals over the polyhedron, density 1, about the centre of mass
-    found = _hulls(mesh, notes)
+    drawn = _simplified(mesh)
+    if len(drawn.faces) < len(mesh.faces):
+        notes.append(f"{len(drawn.faces)} of its {len(mesh.faces)} triangles suffice to draw and to split it")
+    found = _hulls(drawn, notes)
     ratio = _union_volume(found) / volume
     low, high = VOLUME_LIMITS
     if not low <= ratio <= high:
         raise ValueError(
-            f"--objects: {len(found)} convex pieces are {ratio:.2f} of the volume of {source}, too far off"
+            f"--objects: {len(found)} convex pieces are {ratio:.2f} of the volume of {source}, which is too far off"
         )
     notes.append(f"{len(found)} convex pieces of at most {max(map(len, found))} corners, {ratio:.2f} of its volume")
-    drawn = mesh
-    if len(mesh.faces) > DRAWN_FACES:
-        drawn = _simplified(mesh)
-        notes.append(f"drawn with {len(drawn.faces)} of its {len(mesh.faces)} triangles")
     return ScannedObject(name, np.array(drawn.vertices), np.array(drawn.faces), found, volume, inertia, notes)
 
 
@@ -300,6 +327,7 @@ def _hulls(mesh, notes: list[str]) -> list[np.ndarray]:
             decimate=True,
             max_ch_vertex=MAX_VERTICES,
             seed=0,
+            **SEARCH,
         )
         pieces = [np.asarray(points, float) for points, _ in pieces]
         ratio = _union_volume(pieces) / mesh.volume
@@ -339,25 +367,12 @@ def _union_volume(hulls: list[np.ndarray]) -> float:
 
 
 def _simplified(mesh):
-    """Fewer triangles, to be looked at only: corners in one cube of a grid become one."""
-    cell = mesh.extents.max() / 60
-    drawn = mesh
-    while len(drawn.faces) > DRAWN_FACES:
-        drawn = _clustered(mesh, cell)
-        cell *= 1.25
-    return drawn
-
-
-def _clustered(mesh, cell: float):
-    import trimesh
-
-    _, first, merged = np.unique(
-        np.floor(mesh.vertices / cell).astype(int), axis=0, return_index=True, return_inverse=True
-    )
-    drawn = trimesh.Trimesh(np.asarray(mesh.vertices)[first], merged.ravel()[mesh.faces], process=False)
-    drawn.update_faces(drawn.nondegenerate_faces())
-    drawn.remove_unreferenced_vertices()
-    return drawn
+    """`mesh` with about FACES triangles at most, closed as before: all that convex pieces and pictures need."""
+    found = mesh
+    for tolerance in (0.002, 0.004, 0.008, 0.016):
+        if len(found.faces) > FACES:
+            found = _manifold(mesh, tolerance * mesh.extents.max()) or found
+    return found
 
 
 # --- the cache

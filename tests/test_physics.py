@@ -204,7 +204,7 @@ def test_a_world_that_is_not_finite(model, backend, bad):
 @pytest.mark.parametrize(
     ("backend", "device", "word"),
     (
-        ("mjx", "cpu", "--backend"),
+        ("brax", "cpu", "--backend"),
         ("mujoco", "cuda", "--"),
         ("auto", "gpu", "--device"),
         ("auto", "mps", "--device"),

@@ -107,6 +107,7 @@ class Real2SimEnv(VectorEnv):
         self._gain, self._damping = float(finger.gainprm[0]), -float(finger.biasprm[2])  # N/m, N s/m
         self._rest_heights, self._rest_quats = self._tensor(variants.height), self._tensor(variants.quat)
         self._grasp_points = self._tensor(variants.grasp)
+        self._off_centre = bool((self._grasp_points.abs() > 1e-6).any())  # of the objects' points to be grasped
         self._object_index = torch.as_tensor(variants.object_index, device=self.device)
 
         self._lower, self._upper = self._tensor((*LOWER, 0, 0)), self._tensor((*UPPER, FINGER_MAX, FINGER_MAX))
@@ -225,7 +226,7 @@ class Real2SimEnv(VectorEnv):
         # Asking whether any episode ended saves the CPU this work; on a GPU the question would stall the queue.
         if self.device.type == "cuda" or bool(done.any()):
             self._reset(done)
-            self._read_state()
+            self._read_state(None if self.device.type == "cuda" else done.nonzero()[:, 0])
             obs = _where(done, self.observe(done, final_obs), final_obs)
         return obs, reward, terminated, truncated, info
 
@@ -261,24 +262,46 @@ class Real2SimEnv(VectorEnv):
 
     # --- state and observation
 
-    def _read_state(self):
-        qpos, qvel = self.physics.qpos.float(), self.physics.qvel.float()
-        self.q, self.qd = qpos[:, :9], qvel[:, :9]
-        self.object, self.object_quat = qpos[:, 9:12], qpos[:, 12:16]
-        self.object_velocity = qvel[:, 9:15]
-        frames = Frames(self.q[:, :7])
-        self.tcp, self.hand_rotation = frames.point(TCP), frames.rotation
-        self.grasp_point = self.object + rotate(self.object_quat, self._grasp_points[self.variant])
-        self.to_object = self.grasp_point - self.tcp
-        self.to_goal = self.goal - self.object
-        self.goal_distance = self.to_goal.norm(dim=1)
-        self.at_goal = self.goal_distance < SUCCESS_DISTANCE
-        self.rest_height = self._rest_heights[self.variant]
-        fingers, speed = self.q[:, 7:], self.qd[:, 7:]
-        force = self._gain * (fingers - self.target[:, 7:]) + self._damping * speed  # N, of the servos, closing
-        self.held = ((force > HELD_FORCE) & (speed.abs() < HELD_SPEED)).all(1)  # only an object stops both
-        xy = self.object[:, :2]
-        self.fallen = ((xy < self._table_min) | (xy > self._table_max)).any(1)
+    def _read_state(self, rows: torch.Tensor | None = None):
+        """What is known of all worlds, or anew of those of `rows`, from the physics' state."""
+        for name, value in self._derive(slice(None) if rows is None else rows).items():
+            if rows is None:
+                setattr(self, name, value)
+            else:
+                getattr(self, name)[rows] = value
+
+    def _derive(self, rows) -> dict[str, torch.Tensor]:
+        qpos, qvel = self.physics.qpos[rows].float(), self.physics.qvel[rows].float()
+        variant = self.variant[rows]
+        q, qd, position, quat = qpos[:, :9], qvel[:, :9], qpos[:, 9:12], qpos[:, 12:16]
+        frames = Frames(q[:, :7])
+        tcp = frames.point(TCP)
+        grasp_point = position
+        if self._off_centre:
+            grasp_point = position + rotate(quat, self._grasp_points[variant])
+        to_goal = self.goal[rows] - position
+        goal_distance = to_goal.norm(dim=1)
+        fingers, speed = q[:, 7:], qd[:, 7:]
+        force = self._gain * (fingers - self.target[rows, 7:]) + self._damping * speed  # N, of the servos, closing
+        held = ((force > HELD_FORCE) & (speed.abs() < HELD_SPEED)).all(1)  # only an object stops both
+        xy = position[:, :2]
+        return {
+            "q": q,
+            "qd": qd,
+            "object": position,
+            "object_quat": quat,
+            "object_velocity": qvel[:, 9:15],
+            "tcp": tcp,
+            "hand_rotation": frames.rotation,
+            "grasp_point": grasp_point,
+            "to_object": grasp_point - tcp,
+            "to_goal": to_goal,
+            "goal_distance": goal_distance,
+            "at_goal": goal_distance < SUCCESS_DISTANCE,
+            "rest_height": self._rest_heights[variant],
+            "held": held,
+            "fallen": ((xy < self._table_min) | (xy > self._table_max)).any(1),
+        }
 
     def _measure(self):
         """One more measurement of the object's pose, with noise, or none where it is not seen."""
@@ -320,7 +343,9 @@ class Real2SimEnv(VectorEnv):
             proprio = torch.cat((*hand, self.goal, *gripper, *joints), 1)
             return {"rgb": self._pictures(mask, old and old["rgb"]), "proprio": proprio}
         position, quat = self.observed_pose
-        to_object = position + rotate(quat, self._grasp_points[self.variant]) - self.tcp
+        to_object = position - self.tcp
+        if self._off_centre:
+            to_object = to_object + rotate(quat, self._grasp_points[self.variant])
         quat = torch.where(quat[:, :1] < 0, -quat, quat)
         parts = [*hand, position, quat, to_object, self.goal - position, self.goal, *gripper]
         if self.cfg.observation == "full":
@@ -391,22 +416,26 @@ class Real2SimEnv(VectorEnv):
         draws = {
             name: self._uniform(N, 1, low=getattr(cfg, name)[0], high=getattr(cfg, name)[1]) for name in RANDOMISED
         }
+        # Of those who need it; which they are, a GPU cannot say without stalling the queue.
+        rows = slice(None) if self.device.type == "cuda" else mask.nonzero()[:, 0]
+        mask, variant = mask[rows], self.variant[rows]
+        mass, friction, restitution, damping = (draws[name][rows] for name in RANDOMISED)
         for name, field in self.physics.fields.items():
             table = self._tables[name]
-            value = table[self.variant if len(table) > 1 else torch.zeros_like(self.variant)]
+            value = table[variant if len(table) > 1 else torch.zeros_like(variant)]
             if name in MASSES:
-                value[:, self._body] *= draws["mass"].to(value.dtype).view(-1, *[1] * (value.dim() - 2))
+                value[:, self._body] *= mass.to(value.dtype).view(-1, *[1] * (value.dim() - 2))
             elif name == "body_invweight0":
-                value[:, self._body] /= draws["mass"].to(value.dtype)
+                value[:, self._body] /= mass.to(value.dtype)
             elif name == "dof_invweight0":
-                value[:, self._dof : self._dof + 6] /= draws["mass"].to(value.dtype)
+                value[:, self._dof : self._dof + 6] /= mass.to(value.dtype)
             elif name == "pair_friction":
-                value[:, self._pairs] *= draws["friction"].to(value.dtype)[..., None]
+                value[:, self._pairs] *= friction.to(value.dtype)[..., None]
             elif name == "pair_solref":
-                value[:, self._pairs, 1] = damping_ratio(draws["restitution"]).to(value.dtype)
+                value[:, self._pairs, 1] = damping_ratio(restitution).to(value.dtype)
             elif name == "actuator_biasprm":
-                value[:, :7, 2] *= draws["damping"].to(value.dtype)
-            field.copy_(_where(mask, value, field))
+                value[:, :7, 2] *= damping.to(value.dtype)
+            field[rows] = _where(mask, value, field[rows])
 
     # --- pictures
 
