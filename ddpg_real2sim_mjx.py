@@ -44,7 +44,7 @@ PRESETS = {
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=25_000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
     | dict(policy_frequency=2, learning_rate=3e-4, critic_learning_rate=3e-4, noise_min=0.1, noise_max=0.1)
-    | dict(activation="relu", layer_norm=False, norm_obs=False, anneal_lr=False),
+    | dict(activation="relu", layer_norm=False, norm_obs=False),
 }
 
 
@@ -71,7 +71,7 @@ class Args(cli.RunArgs, Real2SimConfig):
     policy_frequency: int = 2  # updates of the critics per update of the actor (2 in TD3 and FastTD3, 4 in FastSAC)
     learning_rate: float = 3e-4  # Adam's step size for the actor
     critic_learning_rate: float = 3e-4  # Adam's step size for the critics
-    anneal_lr: bool = True  # let the learning rates fall linearly to zero
+    anneal_lr: bool = False  # let the learning rates fall linearly to zero
     noise_min: float = 0.05  # standard deviation of the exploration noise in the first environment (PQL)
     noise_max: float = 0.8  # in the last one; those between are spread evenly (PQL: mixed exploration)
     num_critics: int = 2  # independent critics (Fujimoto et al. 2018, arXiv 1802.09477)

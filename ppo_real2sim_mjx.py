@@ -34,8 +34,8 @@ from common.storage import FinalObs, flatten, in_chunks, put, take, zeros
 SCRIPT = "ppo_real2sim_mjx"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(observation="full", num_envs=128, num_iterations=600, hidden=(256, 128)),
-    "gpu": dict(observation="full", num_envs=4096, num_iterations=500),
+    "laptop": dict(observation="full", num_envs=128, num_iterations=600, hidden=(256, 128), final_std=0.15),
+    "gpu": dict(observation="full", num_envs=4096, num_iterations=500, final_std=0.15),
 }
 
 
@@ -70,6 +70,7 @@ class Args(cli.RunArgs, Real2SimConfig):
     hidden: tuple[int, ...] = (512, 256, 128)  # widths of the hidden layers of actor and critic
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
+    final_std: float = 0.0  # the largest standard deviation falls linearly from init_std to this (0: no limit)
 
     ranks: int = 0  # processes that share the environments on a CPU (0: as many as pay); on GPUs use torchrun
     chunk_size: int = 4096  # samples per forward pass after the rollout, as many as the memory holds
@@ -160,7 +161,7 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
-        self.logstd_limits = (math.log(args.min_std), math.log(10.0))
+        self.register_buffer("logstd_limits", torch.tensor([math.log(args.min_std), math.log(10.0)]))
 
     def std(self):  # (action_dim,)
         return self.actor_logstd.clamp(self.logstd_limits[0], self.logstd_limits[1]).exp()
@@ -173,8 +174,10 @@ class Agent(nn.Module):
         return self.critic(obs).squeeze(-1)
 
     def get_dist(self, obs):
-        """The distribution of actions: means (batch, action_dim)."""
-        return self.actor(obs)
+        """The distribution of actions: means (batch, action_dim). Within the bounds of actions, for beyond them the
+        noise moves nothing, and an arm that presses the object onto the table never finds out that it can lift it.
+        """
+        return torch.tanh(self.actor(obs))
 
     def sample(self, dist):
         return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
@@ -285,7 +288,9 @@ def check_args(args: Args):
     cli.check_flag(args, args.env_id == "Real2Sim-v0", "env_id", "Real2Sim-v0")
     cli.check_flag(args, args.observation != "rgb", "observation", "compact or full, as this script has no CNN")
     cli.check_ranges(args)
-    cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
+    cli.check_flag(args, args.final_std >= 0, "final_std", "0 or a number above it")
+    smallest = args.final_std or args.init_std
+    cli.check_flag(args, args.min_std <= min(smallest, args.init_std), "min_std", "at most --final-std and --init-std")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -374,6 +379,9 @@ def main(args: Args):
         progress = run.iteration / num_iterations
         if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
+        if args.final_std:  # with much noise only a grip on the table holds, with little of it nothing is explored
+            largest_std = (1 - progress) * args.init_std + progress * args.final_std
+            agent.logstd_limits[1] = math.log(largest_std)
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):

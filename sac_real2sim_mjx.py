@@ -44,8 +44,7 @@ PRESETS = {
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=5000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
     | dict(policy_frequency=1, learning_rate=3e-4, critic_learning_rate=1e-3, alpha_learning_rate=1e-3, alpha=1.0)
-    | dict(target_entropy=-1.0, log_std_max=2.0, activation="relu", layer_norm=False, norm_obs=False)
-    | dict(anneal_lr=False),
+    | dict(target_entropy=-1.0, log_std_max=2.0, activation="relu", layer_norm=False, norm_obs=False),
 }
 
 
@@ -73,7 +72,7 @@ class Args(cli.RunArgs, Real2SimConfig):
     learning_rate: float = 3e-4  # Adam's step size for the actor
     critic_learning_rate: float = 3e-4  # Adam's step size for the critics
     alpha_learning_rate: float = 3e-4  # Adam's step size for the temperature
-    anneal_lr: bool = True  # let the learning rates fall linearly to zero
+    anneal_lr: bool = False  # let the learning rates fall linearly to zero
     alpha: float = 0.01  # initial temperature (0.001 in FastSAC, 1 in CleanRL)
     autotune: bool = True  # adapt the temperature to the target entropy (Haarnoja et al. 2018, section 5)
     target_entropy: float = -0.5  # per dimension of the action, in nats (-1 in Haarnoja et al. 2018, 0 in FastSAC)

@@ -265,7 +265,7 @@ def stand_in(script: Script, replace=setattr):
 # For the scripts that learn from a replay buffer.
 OFF_POLICY = dict(device="cpu", ranks=1, hidden=(16, 16), num_envs=6, num_steps=8, num_iterations=2, total_timesteps=0)
 OFF_POLICY |= dict(batch_size=16, buffer_size=600, learning_starts=12, updates_per_step=2, policy_frequency=2)
-OFF_POLICY |= dict(log_interval=1, checkpoint_interval=1000, save_video=False, anneal_lr=False)
+OFF_POLICY |= dict(log_interval=1, checkpoint_interval=1000, save_video=False)
 OFF_POLICY_SIZE = ("--batch-size", 32, "--learning-starts", 70, "--buffer-size", 2000, "--hidden", 16)
 OFF_POLICY_MISTAKES = (
     ("--num-envs 9 --ranks 2", "--num-envs", "2 ranks"),
