@@ -640,12 +640,14 @@ def main(args: Args):
     critic_learning_rate = torch.tensor(args.critic_learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
 
-    def make_optimizers():  # of what learns in this stage: the policy's, and one of the critic's own
-        parameters = [p for name, p in agent.named_parameters() if p.requires_grad]
-        critic = {*agent.critic.parameters()} if args.critic_learning_rate else set()
-        split = ([p for p in parameters if p not in critic], learning_rate)
-        split = (split, ([p for p in parameters if p in critic], critic_learning_rate))
-        return [FlatAdam(part, rate, eps=1e-5) for part, rate in split if part]  # detail 3: Adam's epsilon
+    def make_optimizers():  # of what learns in this stage: one, or the critic's apart
+        learns = [p for p in agent.parameters() if p.requires_grad]
+        apart = {*agent.critic.parameters()} if args.critic_learning_rate else set()
+        of_policy = [p for p in learns if p not in apart]
+        of_critic = [p for p in learns if p in apart]
+        found = {"optimizer": (of_policy, learning_rate), "critic_optimizer": (of_critic, critic_learning_rate)}
+        # detail 3: Adam's epsilon
+        return {name: FlatAdam(params, rate, eps=1e-5) for name, (params, rate) in found.items() if params}
 
     @torch.no_grad()
     def policy(obs):
@@ -658,22 +660,21 @@ def main(args: Args):
         found = []
         for part in parts:
             loss, stats = ppo_loss(agent, args, part)
-            for optimizer in optimizers:  # the critic's gradient is no part of the policy's, nor the other way round
+            for optimizer in optimizers.values():
                 optimizer.compute_gradients(loss / len(parts), accumulate=bool(found))
             found.append(stats)
         stats = {name: torch.stack([stats[name] for stats in found]).mean() for name in found[0]}
-        (kl,) = optimizers[0].all_reduce(stats["kl"])  # gradients and, beside them, the divergence: means of all ranks
+        first, *others = optimizers.values()
+        (kl,) = first.all_reduce(stats["kl"])  # the gradient and, beside it, the divergence: means of all ranks
         if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
             learning_rate.copy_(adapt_learning_rate(learning_rate, kl, desired_kl))
-        for optimizer in optimizers[1:]:
+        for optimizer in others:
             optimizer.all_reduce()
-        grad_norm, *_ = [
-            optimizer.clip_gradients(args.max_grad_norm) for optimizer in optimizers
-        ]  # detail 11: clipping
-        for optimizer in optimizers:
+        norms = [optimizer.clip_gradients(args.max_grad_norm) for optimizer in (first, *others)]  # detail 11: clipping
+        for optimizer in (first, *others):
             optimizer.step()
         agent.clamp_std()
-        return stats | {"kl": kl, "grad_norm": grad_norm}
+        return stats | {"kl": kl, "grad_norm": norms[0]}
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the graph
@@ -705,8 +706,7 @@ def main(args: Args):
     if flow:
         flow.set_trainable(parts_by_iteration[stage])
     optimizers = make_optimizers()
-    learned = {"agent": agent} | dict(zip(("optimizer", "critic_optimizer"), optimizers, strict=False))
-    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS, envs.exact_resume)
+    run = checkpoint.Run(SCRIPT, args, {"agent": agent} | optimizers, ENV_SETTINGS, envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
         raw_obs, next_obs = to(run.own["raw_obs"], device), to(run.own["next_obs"], device)
@@ -735,7 +735,8 @@ def main(args: Args):
             stage = stage_at(parts_by_iteration, run.iteration)
             flow.set_trainable(parts_by_iteration[stage])
             optimizers = make_optimizers()
-            run.learned = {"agent": agent} | dict(zip(("optimizer", "critic_optimizer"), optimizers, strict=False))
+            run.learned = {"agent": agent} | optimizers
+            learning_rate.fill_(args.learning_rate)
             next_obs = agent.encode(raw_obs)
             obs = zeros_like(next_obs, T)
 
@@ -810,8 +811,8 @@ def main(args: Args):
         stopped = distributed.any_rank(interrupt, device)
         last = run.iteration == num_iterations or stopped
         if run.iteration % args.log_interval == 0 or last:
-            counts = torch.stack((envs.nan_resets, optimizers[0].not_finite))
-            nan_resets, nan_updates = distributed.total(counts)
+            nan_updates = next(iter(optimizers.values())).not_finite
+            nan_resets, nan_updates = distributed.total(torch.stack((envs.nan_resets, nan_updates)))
             metrics = {
                 "charts/SPS": run.steps_per_second(),
                 "charts/learning_rate": learning_rate,
