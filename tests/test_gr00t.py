@@ -29,7 +29,7 @@ def one_thread():
 
 
 def make(action_dim=ACTIONS, **settings):
-    """A FlowAgent whose weights are large enough that everything shows, with statistics."""
+    """The agent of --policy, with weights of GR00T that are large enough that everything shows, and statistics."""
     torch.manual_seed(0)
     settings = {"critic_hidden": (16,), "bc_tune": "head"} | settings
     args = ppo_gr00t.Args(**settings)
@@ -246,6 +246,26 @@ def test_half_precision_leaves_probabilities_and_masters_in_float32():
     assert all(p.dtype == torch.float32 for p in agent.parameters() if p.requires_grad)
     frozen = agent.network.model.backbone.eagle_model.language_model.model.layers[0].mlp.up_proj.weight
     assert frozen.dtype == torch.bfloat16
+
+
+def test_a_residual_is_one_gaussian_for_the_whole_chunk_around_the_frozen_models_action():
+    agent, args = make(policy="gaussian-residual", residual_std=0.3)
+    flow = agent.flow
+    assert not any(p.requires_grad for p in flow.parameters())
+    raw = observation()
+    torch.manual_seed(7)
+    expected = own_action(flow, raw)[:, :CHUNK, :ACTIONS]
+    torch.manual_seed(7)
+    obs = agent.encode(raw)
+    torch.testing.assert_close(obs["action"], expected, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        action, logprob, _, _, mean = agent.get_action_and_value(obs)
+        agent.actor[-1].weight.zero_()
+        torch.testing.assert_close(agent.to_env(agent.get_dist(obs), obs), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprob, Normal(mean, 0.3).log_prob(action).sum(1))
+    added = agent.to_env(action, obs) - expected
+    assert action.shape == (BATCH, ACTIONS) and added.std() > 0.1
+    torch.testing.assert_close(added, action[:, None].expand(-1, CHUNK, -1), atol=1e-6, rtol=1e-5)
 
 
 # --- padding and masks
