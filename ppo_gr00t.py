@@ -39,7 +39,7 @@ TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=300, bc_steps=400)
+    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=90, demos=250, bc_steps=400)
     | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, log_interval=1, eval_interval=25),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
@@ -81,6 +81,7 @@ class Args(cli.RunArgs, PickConfig):
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
+    demo_noise: float = 0.3  # standard deviation of noise on what the expert does, but not on what is cloned
     bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
     bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
@@ -536,7 +537,8 @@ def clone_expert(flow, args, envs, interrupt):
     """The warm start: demonstrations, their statistics, and --bc-steps of flow matching. Gives what was done."""
     device = envs.device
     start = said = time.time()
-    data = to(demos.collect(envs, Expert(), math.ceil(args.demos / args.ranks), interrupt), device)
+    number = math.ceil(args.demos / args.ranks)
+    data = to(demos.collect(envs, Expert(), number, args.demo_noise, interrupt), device)
     flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
     learning_rate = torch.tensor(args.bc_learning_rate, device=device)
@@ -592,7 +594,7 @@ def check_args(args: Args):
     for name in ("lora_rank", "llm_layers", "bc_steps", "bc_batch", "bc_learning_rate", "memory_limit", "residual_std"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
-    for name in ("noise_level", "demos", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    for name in ("noise_level", "demos", "demo_noise", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
     stages(args)
