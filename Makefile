@@ -23,7 +23,7 @@ aloha: $(STAMP) gl  ## clone a scripted expert, train, evaluate and film the two
 real2sim: $(STAMP) gl  ## train, evaluate and film the Panda that picks up scanned objects, by SAC
 	$(PY) sac_real2sim_mjx.py $(ARGS)
 
-gr00t: $(STAMP) gl  ## clone an expert with a tiny GR00T, fine-tune it by PPO, evaluate and film it
+gr00t: $(STAMP) gl  ## clone a scripted expert, then PPO on the flow of a tiny GR00T; evaluate and film it
 	$(PY) ppo_gr00t.py $(ARGS)
 
 gl: $(STAMP)

@@ -39,7 +39,7 @@ TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=100, demos=300, bc_steps=400)
+    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=90, demos=250, bc_steps=400)
     | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, log_interval=1, eval_interval=25),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
@@ -77,9 +77,11 @@ class Args(cli.RunArgs, PickConfig):
     sde_steps: Literal["one", "all"] = "one"
     """which steps of the integration have noise: one drawn at random for each chunk, or all, at K times the price"""
     noise_level: float = 0.5  # a of the Flow-SDE; 0 is the model's own integration
+    noise_correlation: float = 0.0  # of the noise of a chunk's actions; independent one averages out over the chunk
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
+    demo_noise: float = 0.3  # standard deviation of noise on what the expert does, but not on what is cloned
     bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
     bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
@@ -209,6 +211,10 @@ class FlowAgent(nn.Module):
         dt = 1 / self.num_flow_steps
         std = args.noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
         self.register_buffer("step_std", std.clamp(min=args.min_std) if args.noise_level else std)
+        covariance = torch.eye(net.horizon)  # of the noise of the actions one after the other
+        covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
+        self.register_buffer("covariance", covariance)
+        self.register_buffer("mix", torch.linalg.cholesky(covariance))
 
     def set_trainable(self, parts):
         self.network.set_trainable(parts)
@@ -217,9 +223,9 @@ class FlowAgent(nn.Module):
     def encode(self, obs):
         return self.network.encode(obs)
 
-    def to_env(self, action):
-        """A chunk (batch, chunk, action_dim), or what `sample` gives, as the environment takes it."""
-        return self.network.robot_action(action["action"] if isinstance(action, dict) else action)
+    def to_env(self, action, obs):
+        """What `sample` gives, as the environment takes it."""
+        return self.network.robot_action(action["action"])
 
     # --- the Flow-SDE
 
@@ -227,14 +233,15 @@ class FlowAgent(nn.Module):
         """Mean and std of x after the integration's `step` (batch,), with noise where `noise` (batch,) is 1.
 
         With x0 = x - t v, x1 = x + (1 - t) v and t' = t + dt it is x0 (1 - t' - s^2 dt / (2 (1 - t))) + x1 t', plus
-        s sqrt(dt) eps. Without noise that is x + dt v, Euler's step, and so it is outside of what is executed.
+        s sqrt(dt) eps, where s^2 is a matrix if eps is correlated. Without noise that is x + dt v, Euler's step, and so
+        it is outside of what is executed.
         """
         K = self.num_flow_steps
         v = self.network.velocity(context, state, x, step * self.network.num_buckets // K)
         t = (step / K)[:, None, None]
         std = (self.step_std[step] * noise)[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
-        mean = start * (1 - t - 1 / K - std.square() / (2 * (1 - t))) + end * (t + 1 / K)
+        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - std.square() / (2 * (1 - t)) * (self.covariance @ start)
         return mean, std
 
     @torch.no_grad()
@@ -244,7 +251,7 @@ class FlowAgent(nn.Module):
         for k in range(self.num_flow_steps):
             step = torch.full((len(x),), k, device=x.device)
             mean, std = self.transition(context, state, points[-1], step, noise[:, k])
-            points.append(mean + std * torch.randn_like(mean) if noise.any() else mean)
+            points.append(mean + std * (self.mix @ torch.randn_like(mean)) if noise.any() else mean)
         return torch.stack(points, 1)
 
     def sample(self, obs):
@@ -264,20 +271,26 @@ class FlowAgent(nn.Module):
         return drawn | {"action": self.network.executed(points[:, -1])}
 
     def log_prob_and_entropy(self, dist, action):
-        """Sums over steps and components, in float32. `dist`: means in units of the std, (batch, steps, chunk, dim)."""
+        """Sums over steps and components, in float32. `dist`: of `get_dist`."""
         std = self.step_std[action["step"]][..., None, None]
-        log_scale = (std.log() + 0.5 * math.log(2 * math.pi)).expand_as(dist)
-        logprob = (-0.5 * (action["next"] / std - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
+        log_mix = self.mix.diagonal()[: self.network.chunk, None].log()
+        log_scale = (std.log() + log_mix + 0.5 * math.log(2 * math.pi)).expand_as(dist)
+        logprob = (-0.5 * (self.unmixed(action["next"] / std) - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
         return logprob, (log_scale + 0.5).sum((1, 2, 3))
 
+    def unmixed(self, x):
+        """What of (..., chunk, action_dim), in units of the std, is independent."""
+        mix = self.mix[: self.network.chunk, : self.network.chunk]
+        return torch.linalg.solve_triangular(mix.expand(*x.shape[:-2], -1, -1), x, upper=False)
+
     def get_dist(self, context, obs, action):
-        """Means of the noisy steps in units of their std, (batch, steps, chunk, action_dim)."""
+        """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk, action_dim)."""
         means = []
         for i in range(action["step"].shape[1]):
             step = action["step"][:, i]
             noise = torch.ones_like(step, dtype=torch.float32)
             mean, _ = self.transition(context, obs["state"], action["x"][:, i], step, noise)
-            means.append(self.network.executed(mean) / self.step_std[step][:, None, None])
+            means.append(self.unmixed(self.network.executed(mean) / self.step_std[step][:, None, None]))
         return torch.stack(means, 1)
 
     def kl(self, old_dist, old_std, dist):
@@ -318,12 +331,13 @@ class FlowAgent(nn.Module):
     def forward(self, obs):
         """The deterministic policy on raw observations: what is evaluated, with a generator of its own."""
         encoded = self.encode(obs)
-        return self.to_env(self.flow_action(self.network.context(encoded), encoded["state"]))
+        action = self.flow_action(self.network.context(encoded), encoded["state"])
+        return self.network.robot_action(action)
 
 
 class Agent(nn.Module):
     """Gaussian actions. --policy mlp: of a state (batch, obs_dim), normalised. --policy gaussian-residual, with `flow`:
-    around the action of the frozen GR00T, of what its critic sees.
+    of what the critic of the frozen GR00T sees, one that is added to all actions of its chunk.
     """
 
     def __init__(self, envs, args: Args, flow: FlowAgent | None = None):
@@ -338,6 +352,7 @@ class Agent(nn.Module):
         else:
             flow.requires_grad_(False)
             width = flow.network.feature_dim + flow.network.state_dim + n
+            n = flow.network.action_dim
             self.stats, init_std = None, args.residual_std
         self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, n, 0.01, activation=nn.ELU)  # detail 26: separate MLPs
@@ -353,9 +368,10 @@ class Agent(nn.Module):
         encoded = self.flow.encode(obs)
         net = self.flow.network
         context = net.context(encoded)
-        action = self.flow.flow_action(context, encoded["state"]).flatten(1)
+        action = self.flow.flow_action(context, encoded["state"])
         state = encoded["state"][:, 0, : net.state_dim]
-        return {"embedding": torch.cat((net.embedding(context, encoded), state, action), 1), "action": action}
+        embedding = torch.cat((net.embedding(context, encoded), state, action.flatten(1)), 1)
+        return {"embedding": embedding, "action": action}
 
     def normalise(self, obs):
         return obs if self.stats is None else self.stats(obs)
@@ -376,7 +392,7 @@ class Agent(nn.Module):
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
-        return obs["action"] + self.actor(obs["embedding"]) if self.flow else self.actor(obs)
+        return self.actor(obs["embedding"] if self.flow else obs)
 
     def sample(self, dist):
         return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
@@ -393,13 +409,15 @@ class Agent(nn.Module):
             action = self.sample(dist)
         return action, *self.log_prob_and_entropy(dist, action), self.get_value(obs), dist
 
-    def to_env(self, action):
-        action = action.view(-1, *self.action_shape)
-        return self.flow.to_env(action) if self.flow else action
+    def to_env(self, action, obs):
+        if self.flow:
+            return self.flow.network.robot_action(obs["action"] + action[:, None])
+        return action.view(-1, *self.action_shape)
 
     def forward(self, obs):
         """The deterministic policy on raw observations: what is evaluated and exported."""
-        return self.to_env(self.get_dist(self.normalise(self.encode(obs))))
+        obs = self.normalise(self.encode(obs))
+        return self.to_env(self.get_dist(obs), obs)
 
 
 def make_agent(envs, args: Args):
@@ -519,7 +537,8 @@ def clone_expert(flow, args, envs, interrupt):
     """The warm start: demonstrations, their statistics, and --bc-steps of flow matching. Gives what was done."""
     device = envs.device
     start = said = time.time()
-    data = to(demos.collect(envs, Expert(), math.ceil(args.demos / args.ranks), interrupt), device)
+    number = math.ceil(args.demos / args.ranks)
+    data = to(demos.collect(envs, Expert(), number, args.demo_noise, interrupt), device)
     flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
     learning_rate = torch.tensor(args.bc_learning_rate, device=device)
@@ -574,7 +593,8 @@ def check_args(args: Args):
     cli.check_compiler(args)
     for name in ("lora_rank", "llm_layers", "bc_steps", "bc_batch", "bc_learning_rate", "memory_limit", "residual_std"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    for name in ("noise_level", "demos", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
+    for name in ("noise_level", "demos", "demo_noise", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
     stages(args)
@@ -640,12 +660,14 @@ def main(args: Args):
     critic_learning_rate = torch.tensor(args.critic_learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
 
-    def make_optimizers():  # of what learns in this stage: the policy's, and one of the critic's own
-        parameters = [p for name, p in agent.named_parameters() if p.requires_grad]
-        critic = {*agent.critic.parameters()} if args.critic_learning_rate else set()
-        split = ([p for p in parameters if p not in critic], learning_rate)
-        split = (split, ([p for p in parameters if p in critic], critic_learning_rate))
-        return [FlatAdam(part, rate, eps=1e-5) for part, rate in split if part]  # detail 3: Adam's epsilon
+    def make_optimizers():  # of what learns in this stage: one, or the critic's apart
+        learns = [p for p in agent.parameters() if p.requires_grad]
+        apart = {*agent.critic.parameters()} if args.critic_learning_rate else set()
+        of_policy = [p for p in learns if p not in apart]
+        of_critic = [p for p in learns if p in apart]
+        found = {"optimizer": (of_policy, learning_rate), "critic_optimizer": (of_critic, critic_learning_rate)}
+        # detail 3: Adam's epsilon
+        return {name: FlatAdam(params, rate, eps=1e-5) for name, (params, rate) in found.items() if params}
 
     @torch.no_grad()
     def policy(obs):
@@ -658,22 +680,21 @@ def main(args: Args):
         found = []
         for part in parts:
             loss, stats = ppo_loss(agent, args, part)
-            for optimizer in optimizers:  # the critic's gradient is no part of the policy's, nor the other way round
+            for optimizer in optimizers.values():
                 optimizer.compute_gradients(loss / len(parts), accumulate=bool(found))
             found.append(stats)
         stats = {name: torch.stack([stats[name] for stats in found]).mean() for name in found[0]}
-        (kl,) = optimizers[0].all_reduce(stats["kl"])  # gradients and, beside them, the divergence: means of all ranks
+        first, *others = optimizers.values()
+        (kl,) = first.all_reduce(stats["kl"])  # the gradient and, beside it, the divergence: means of all ranks
         if args.desired_kl:  # detail 4: the learning rate follows the KL divergence, or else is annealed
             learning_rate.copy_(adapt_learning_rate(learning_rate, kl, desired_kl))
-        for optimizer in optimizers[1:]:
+        for optimizer in others:
             optimizer.all_reduce()
-        grad_norm, *_ = [
-            optimizer.clip_gradients(args.max_grad_norm) for optimizer in optimizers
-        ]  # detail 11: clipping
-        for optimizer in optimizers:
+        norms = [optimizer.clip_gradients(args.max_grad_norm) for optimizer in (first, *others)]  # detail 11: clipping
+        for optimizer in (first, *others):
             optimizer.step()
         agent.clamp_std()
-        return stats | {"kl": kl, "grad_norm": grad_norm}
+        return stats | {"kl": kl, "grad_norm": norms[0]}
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the graph
@@ -705,8 +726,7 @@ def main(args: Args):
     if flow:
         flow.set_trainable(parts_by_iteration[stage])
     optimizers = make_optimizers()
-    learned = {"agent": agent} | dict(zip(("optimizer", "critic_optimizer"), optimizers, strict=False))
-    run = checkpoint.Run(SCRIPT, args, learned, ENV_SETTINGS, envs.exact_resume)
+    run = checkpoint.Run(SCRIPT, args, {"agent": agent} | optimizers, ENV_SETTINGS, envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
         raw_obs, next_obs = to(run.own["raw_obs"], device), to(run.own["next_obs"], device)
@@ -735,7 +755,8 @@ def main(args: Args):
             stage = stage_at(parts_by_iteration, run.iteration)
             flow.set_trainable(parts_by_iteration[stage])
             optimizers = make_optimizers()
-            run.learned = {"agent": agent} | dict(zip(("optimizer", "critic_optimizer"), optimizers, strict=False))
+            run.learned = {"agent": agent} | optimizers
+            learning_rate.fill_(args.learning_rate)
             next_obs = agent.encode(raw_obs)
             obs = zeros_like(next_obs, T)
 
@@ -750,7 +771,7 @@ def main(args: Args):
             actions = zeros_like(action, T) if actions is None else actions
             put(actions, t, action)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
-            raw_obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(action))
+            raw_obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(action, next_obs))
             next_obs = agent.encode(raw_obs)
             final_obs.add(truncations[t], info["final_obs"])
             episodes.add(episode_metrics(info), info["_episode"])
@@ -810,8 +831,8 @@ def main(args: Args):
         stopped = distributed.any_rank(interrupt, device)
         last = run.iteration == num_iterations or stopped
         if run.iteration % args.log_interval == 0 or last:
-            counts = torch.stack((envs.nan_resets, optimizers[0].not_finite))
-            nan_resets, nan_updates = distributed.total(counts)
+            nan_updates = next(iter(optimizers.values())).not_finite
+            nan_resets, nan_updates = distributed.total(torch.stack((envs.nan_resets, nan_updates)))
             metrics = {
                 "charts/SPS": run.steps_per_second(),
                 "charts/learning_rate": learning_rate,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 from transformers.feature_extraction_utils import BatchFeature
 
 import ppo_gr00t
@@ -29,7 +29,7 @@ def one_thread():
 
 
 def make(action_dim=ACTIONS, **settings):
-    """A FlowAgent whose weights are large enough that everything shows, with statistics."""
+    """The agent of --policy, with weights of GR00T that are large enough that everything shows, and statistics."""
     torch.manual_seed(0)
     settings = {"critic_hidden": (16,), "bc_tune": "head"} | settings
     args = ppo_gr00t.Args(**settings)
@@ -78,7 +78,8 @@ def test_without_noise_it_is_the_models_own_action():
     torch.manual_seed(7)
     expected = own_action(agent, obs)
     torch.manual_seed(7)
-    ours = agent.to_env(agent.sample(agent.encode(obs)))
+    encoded = agent.encode(obs)
+    ours = agent.to_env(agent.sample(encoded), encoded)
     assert expected.std() > 0.1
     torch.testing.assert_close(ours, expected[:, :CHUNK, :ACTIONS], atol=1e-6, rtol=0)
     torch.manual_seed(7)
@@ -134,9 +135,10 @@ def test_gradient_checkpointing_changes_no_gradient():
 # --- probabilities
 
 
-def brute_force(agent, obs, action):
-    """log pi by its definition: every step's formula, written out with numbers, and torch's Normal."""
+def brute_force(agent, obs, action, correlation):
+    """log pi by its definition: every step's formula, written out with numbers, and torch's own Gaussians."""
     K, a = 4, 0.5
+    covariance = torch.full((CHUNK, CHUNK), correlation).fill_diagonal_(1.0)
     total = torch.zeros(len(obs["state"]))
     context = agent.network.context(obs)
     for i in range(len(total)):
@@ -146,28 +148,32 @@ def brute_force(agent, obs, action):
             t, dt, x = k / K, 1 / K, x[0]
             sigma = a * math.sqrt((1 - t) / max(t, dt))
             noise, data = x - t * v, x + (1 - t) * v
-            mean = noise * (1 - (t + dt) - sigma**2 * dt / (2 * (1 - t))) + data * (t + dt)
-            density = Normal(mean[:CHUNK, :ACTIONS], sigma * math.sqrt(dt))
-            total[i] += density.log_prob(action["next"][i, j]).sum()
+            noise, data = noise[:CHUNK, :ACTIONS], data[:CHUNK, :ACTIONS]
+            drift = sigma**2 * dt / (2 * (1 - t)) * covariance @ noise
+            mean = noise * (1 - (t + dt)) - drift + data * (t + dt)
+            density = MultivariateNormal(mean.T, covariance * sigma**2 * dt)  # of each component over the chunk
+            total[i] += density.log_prob(action["next"][i, j].T).sum()
     return total
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
 @pytest.mark.parametrize("steps", ["one", "all"])
-def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps):
-    agent, _ = make(sde_steps=steps)
+def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, correlation):
+    agent, _ = make(sde_steps=steps, noise_correlation=correlation)
     obs = agent.encode(observation())
     with torch.no_grad():
         action, logprob, entropy, value, dist = agent.get_action_and_value(obs)
-        torch.testing.assert_close(logprob, brute_force(agent, obs, action), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(logprob, brute_force(agent, obs, action, correlation), atol=1e-3, rtol=1e-5)
     n = {"one": 1, "all": 4}[steps]
     assert dist.shape == (BATCH, n, CHUNK, ACTIONS) and value.shape == (BATCH,)
     std = agent.step_std[action["step"]]
-    torch.testing.assert_close(entropy, CHUNK * ACTIONS * Normal(0, std).entropy().sum(1))
+    alone = CHUNK * ACTIONS * Normal(0, std).entropy().sum(1)
+    assert torch.allclose(entropy, alone) if not correlation else (entropy < alone).all()
     assert agent.step_std.tolist() == pytest.approx([0.5, 0.433, 0.25, 0.144], abs=1e-3)
 
 
 def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
-    agent, _ = make(sde_steps="all")
+    agent, _ = make(sde_steps="all", noise_correlation=0.6)
     one = agent.encode(observation(1))
     obs = {name: value.expand(4000, *value.shape[1:]) for name, value in one.items()}
     with torch.no_grad():
@@ -177,7 +183,8 @@ def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
             ones = torch.ones(4000)
             mean, _ = agent.transition(context, obs["state"], action["x"][:, k], action["step"][:, k], ones)
             z = (action["next"][:, k] - agent.network.executed(mean)) / agent.step_std[k]
-            assert z.mean().abs() < 0.02 and abs(z.std() - 1) < 0.02
+            assert z.mean().abs() < 0.03 and abs(z.std() - 1) < 0.03
+            assert abs((z[:, 0] * z[:, 1]).mean() - 0.6) < 0.03 and abs((z[..., 0] * z[..., 1]).mean()) < 0.03
             if k < 3:  # the next step begins where this one led, and beside what is executed it is Euler's
                 torch.testing.assert_close(agent.network.executed(action["x"][:, k + 1]), action["next"][:, k])
         torch.testing.assert_close(action["action"], action["next"][:, 3])
@@ -241,6 +248,26 @@ def test_half_precision_leaves_probabilities_and_masters_in_float32():
     assert frozen.dtype == torch.bfloat16
 
 
+def test_a_residual_is_one_gaussian_for_the_whole_chunk_around_the_frozen_models_action():
+    agent, args = make(policy="gaussian-residual", residual_std=0.3)
+    flow = agent.flow
+    assert not any(p.requires_grad for p in flow.parameters())
+    raw = observation()
+    torch.manual_seed(7)
+    expected = own_action(flow, raw)[:, :CHUNK, :ACTIONS]
+    torch.manual_seed(7)
+    obs = agent.encode(raw)
+    torch.testing.assert_close(obs["action"], expected, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        action, logprob, _, _, mean = agent.get_action_and_value(obs)
+        agent.actor[-1].weight.zero_()
+        torch.testing.assert_close(agent.to_env(agent.get_dist(obs), obs), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprob, Normal(mean, 0.3).log_prob(action).sum(1))
+    added = agent.to_env(action, obs) - expected
+    assert action.shape == (BATCH, ACTIONS) and added.std() > 0.1
+    torch.testing.assert_close(added, action[:, None].expand(-1, CHUNK, -1), atol=1e-6, rtol=1e-5)
+
+
 # --- padding and masks
 
 
@@ -301,7 +328,9 @@ def test_statistics_map_the_ranges_to_one():
         agent.network.normalise_state(state)[:, 0, :20], torch.tensor([[-1.0], [1.0]]).expand(2, 20)
     )
     chunk = torch.rand(5, CHUNK, ACTIONS)
-    torch.testing.assert_close(agent.to_env(agent.network.normalise_action(chunk)), chunk, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        agent.network.robot_action(agent.network.normalise_action(chunk)), chunk, atol=1e-5, rtol=1e-5
+    )
     other, _ = make()
     other.load_state_dict(agent.state_dict())
     assert torch.equal(other.network.ranges()["state"], state)
