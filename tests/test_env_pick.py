@@ -434,7 +434,12 @@ def test_state_observation():
     assert 0 < third.sum() < 50 and torch.equal(obs[:, 38] > 0, third)
     assert not obs[~third, 34:37].any()
     torch.testing.assert_close(obs[:, 39:41], env.pads[:, 0] - env.cubes[:, 0, :2])
-    assert torch.equal(obs[:, 45:].argmax(1), env.instruction) and (obs[:, 45:].sum(1) == 1).all()
+    names = list(pick.COLOURS)
+    for sentence, (put, *words) in zip(env.instructions, obs[:, 45:].tolist(), strict=True):
+        cube, pad = words[:4], words[4:]
+        assert sum(cube) == 1 and sum(pad) == put
+        expected = f"the {names[cube.index(1)]} cube" + (f" on the {names[pad.index(1)]} pad" if put else "")
+        assert sentence in (f"put {expected}", f"pick up {expected}")
 
 
 def test_pictures(cameras):

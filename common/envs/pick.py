@@ -205,6 +205,9 @@ class PickEnv(VectorEnv):
         nothing = torch.full_like(colours, -1)
         self._cube_of = torch.cat((colours, colours.repeat_interleave(len(COLOURS))))  # colour, by instruction
         self._pad_of = torch.cat((nothing, colours.repeat(len(COLOURS))))
+        # One-hot, by instruction: the cube's colour, then the pad's, of which there may be none.
+        words = (self._cube_of[:, None] == colours, self._pad_of[:, None] == colours)
+        self._words = torch.cat(words, 1).float()
 
         self.renderer = None
         if cfg.observation == "images":
@@ -438,7 +441,7 @@ class PickEnv(VectorEnv):
         parts = [self.proprioception(), self.target[:, :3] - tcp, self.cubes[:, 0]]
         parts += [torch.sin(turned)[:, None], torch.cos(turned)[:, None], cubes.reshape(N, -1), there[:, 1:, 0]]
         parts += [pad_offset.reshape(N, -1), pads[..., 0]]
-        parts += [torch.nn.functional.one_hot(self.instruction, len(INSTRUCTIONS)).float()]
+        parts += [self.put[:, None].float(), self._words[self.instruction]]
         return torch.cat(parts, 1)
 
     def _pictures(self, mask: torch.Tensor | None, old: dict | None) -> dict[str, torch.Tensor]:
@@ -570,6 +573,6 @@ class PickEnv(VectorEnv):
 
 
 PROPRIO_DIM = 20
-STATE_DIM = PROPRIO_DIM + 3 + 3 + 2 + 4 * MOST_CUBES - 1 + 3 * PADS + len(INSTRUCTIONS)
+STATE_DIM = PROPRIO_DIM + 3 + 3 + 2 + 4 * MOST_CUBES - 1 + 3 * PADS + 1 + 2 * len(COLOURS)
 
 gym.register("Pick-v0", vector_entry_point="common.envs.pick:PickEnv")
