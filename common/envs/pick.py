@@ -33,7 +33,8 @@ NULL_GAIN = 0.1  # share of the way to HOME that the elbow goes in a control ste
 
 CUBE = 0.04  # m, an edge
 CUBE_MASS = 0.05  # kg
-PAD = 0.09  # m, an edge
+TIPS, TIP_RADIUS = ((-0.006, 0.037), (0.006, 0.0455)), 0.008  # m in the finger's x and z, where it meets the cubes
+GRIP_FRICTION, TABLE_FRICTION = 1.0, 0.5
 COLOURS = {
     "red": (0.85, 0.12, 0.10),
     "green": (0.12, 0.65, 0.20),
@@ -50,7 +51,7 @@ AWAY = (0.5, 3.0)  # m, x and y of what is not in the scene, out of sight
 
 LIFTED = 0.05  # m above the table: picked up
 NEAR = 0.03  # m between hand and cube: held
-ON_PAD = 0.03  # m, the furthest in x and y that a cube on a pad is from its middle
+ON_PAD = 0.03  # m, the furthest in x and y that a cube on a pad is from its middle; half an edge is .045
 LET_GO = 0.008  # m by which the gripper is wider than the cube that it has let go
 STILL = 0.05  # m/s
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
@@ -105,25 +106,28 @@ def build_model(cfg: PickConfig, visual: bool = False) -> mujoco.MjModel:
     spec.camera("wrist").fovy = 65  # from its start the hand sees the cube of an easy episode wherever it lies
     for body in spec.body("link0").find_all("body"):
         body.gravcomp = 1
-    # Each pad meets the cubes in two points, diagonally, so that they hold a cube upright and turn it to the hand.
+    # Each finger meets a cube in two points, diagonally, so that a grip holds it upright and turns it to the hand.
     tips = []
     for finger in ("left_finger", "right_finger"):
-        for x, z in ((-0.006, 0.037), (0.006, 0.0455)):
+        for x, z in TIPS:
             tips.append(f"{finger}_tip{len(tips)}")
-            tip = spec.body(finger).add_geom(name=tips[-1], type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(0.008, 0, 0))
-            tip.pos, tip.contype, tip.conaffinity, tip.group = (x, 0.008, z), 0, 0, 4
-    cubes = [f"cube{i}" for i in range(num_cubes(cfg))]
-    for i, name in enumerate(cubes):
+            tip = spec.body(finger).add_geom(name=tips[-1], type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=(x, TIP_RADIUS, z))
+            tip.size[0], tip.group = TIP_RADIUS, 4
+            tip.contype = tip.conaffinity = 0
+    friction = dict.fromkeys(tips, GRIP_FRICTION) | {"table": TABLE_FRICTION}  # of a cube, by what it touches
+    for i in range(num_cubes(cfg)):
+        name = f"cube{i}"
         body = spec.worldbody.add_body(name=name, pos=(*AWAY, CUBE / 2))
         body.add_freejoint(name=name)
         body.explicitinertial, body.mass, body.ipos = True, CUBE_MASS, (0, 0, 0)
         body.inertia = [CUBE_MASS * CUBE**2 / 6] * 3
         geom = body.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=[CUBE / 2] * 3)
         geom.contype = geom.conaffinity = 0
-        for other, friction in (*((tip, 1.0) for tip in tips), *((other, 0.5) for other in ("table", *cubes[:i]))):
+        for other, coefficient in friction.items():
             pair = spec.add_pair(geomname1=other, geomname2=name, condim=3)
-            pair.friction[:2] = friction
+            pair.friction[:2] = coefficient
             pair.solref[0] = 2 * option.timestep  # s, the stiffest that is stable
+        friction[name] = TABLE_FRICTION
     return spec.compile()
 
 
