@@ -196,6 +196,8 @@ class PickEnv(VectorEnv):
         self.cfg = cfg = replace(PickConfig(**{name: getattr(cfg, name) for name in ENV_SETTINGS}), **config)
         _check(cfg, num_envs)
         self.device, backend = resolve_backend(cfg.backend, device)
+        # Asking which episodes ended saves a CPU the work for the others; on a GPU the question would stall the queue.
+        self._asks = self.device.type != "cuda"
         self.num_envs, self.num_cubes = num_envs, num_cubes(cfg)
         self.model = build_model(cfg)
         self.physics = BatchedMujoco(self.model, num_envs, device, backend, physics_threads, nconmax=32, njmax=96)
@@ -306,8 +308,7 @@ class PickEnv(VectorEnv):
             terminated = success | failed
             truncated = truncated | ((self.episode_length >= self.cfg.max_episode_steps) & ~terminated)
             ended = running & (terminated | truncated)
-            # Asking whether any episode ended saves the CPU work; on a GPU the question would stall the queue.
-            if k < chunk - 1 and (self.device.type == "cuda" or bool(ended.any())):
+            if k < chunk - 1 and (not self._asks or bool(ended.any())):
                 state = self._copy_state()
                 stop_state = state if stop_state is None else _where(ended, state, stop_state)
                 stopped = stopped | ended
@@ -322,7 +323,7 @@ class PickEnv(VectorEnv):
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
         info["episode"] = {"r": self.returns, "l": self.episode_length - self.phase, "success": success.float()}
         info["episode"] |= {"grasped": self.grasped_once.float(), "wrong_cube": self.wrong_cube.float()}
-        if self.device.type == "cuda" or bool(done.any()):
+        if not self._asks or bool(done.any()):
             self._reset(done)
             obs = _where(done, self._observe(done, final_obs), final_obs)
         return obs, total, terminated, truncated, info
@@ -450,7 +451,7 @@ class PickEnv(VectorEnv):
 
     def _pictures(self, mask: torch.Tensor | None, old: dict | None) -> dict[str, torch.Tensor]:
         """uint8 (num_envs, image_size, image_size, 3) by camera."""
-        drawn = None if mask is None or self.device.type == "cuda" else mask
+        drawn = mask if self._asks else None
         qpos = self.physics.qpos.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_POSITION, MAX_POSITION)
         pictures = self.renderer.render(qpos, drawn)
         obs = {}
@@ -507,9 +508,7 @@ class PickEnv(VectorEnv):
 
     def _reset(self, mask: torch.Tensor):
         """Begins an episode where `mask`: instruction, colours and places at random, as far as the difficulty says."""
-        # Only for those who need it; which they are, a GPU cannot say without stalling the queue.
-        everyone = torch.arange(self.num_envs, device=self.device)
-        rows = everyone if self.device.type == "cuda" else mask.nonzero()[:, 0]
+        rows = mask.nonzero()[:, 0] if self._asks else torch.arange(self.num_envs, device=self.device)
         K, difficulty = len(rows), self.cfg.difficulty
         draw = lambda *shape: torch.rand(shape, generator=self.generator, device=self.device)  # noqa: E731
         full = draw(K, 1) < difficulty  # a scene with several cubes and pads
