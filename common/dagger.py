@@ -11,6 +11,8 @@ from common import distributed
 from common.meter import Meter
 from common.storage import put, take, zeros
 
+ABOVE_ZERO = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate")  # flags that must be
+
 
 @dataclass
 class DaggerConfig:
