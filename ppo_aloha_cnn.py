@@ -37,7 +37,7 @@ ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
 LEARNS = dict(init_std=0.2, learning_rate=1e-4, num_steps=128, num_minibatches=8, update_epochs=2, critic_iterations=5)
 LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), critic="state", pose_coef=0.3, bc_coef=1.0, bc_fade=2.0)
-LEARNS |= dict(image_height=64, image_width=96, crop=(0.28, 0.42, 0.72, 0.74), mesh_detail=0.012)
+LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012, desired_kl=0.05)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "fast": LEARNS | dict(num_iterations=20, bc_minutes=9.0),
