@@ -25,7 +25,6 @@ from common.envs.aloha_eval import evaluate, plain, record_video, report
 from common.envs.aloha_expert import Expert
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.layers import NormReLU, Residual
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
@@ -35,13 +34,14 @@ SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
-LEARNS = dict(init_std=0.2, learning_rate=1e-4, num_steps=128, num_minibatches=8, update_epochs=2, critic_iterations=5)
-LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), critic="state", pose_coef=0.3, bc_coef=1.0, bc_fade=2.0)
-LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012, desired_kl=0.05)
+LEARNS = dict(init_std=0.2, learning_rate=1e-4, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2)
+LEARNS |= dict(critic="state", critic_iterations=5, pose_coef=0.3, bc_coef=1.0, bc_fade=2.0, bc_learning_rate=3e-3)
+LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012)
+LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), bc_frames=100_000)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "fast": LEARNS | dict(num_iterations=20, bc_minutes=9.0),
-    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0, bc_frames=150_000),
+    "fast": LEARNS | dict(num_iterations=30, bc_minutes=9.0),
+    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0),
     "gpu": LEARNS | dict(num_envs=512, num_iterations=200),
     # PPO of Stable-Baselines3 with its defaults where the document names no value.
     "document": dict(num_envs=4, num_steps=2048, num_iterations=122, num_minibatches=128, update_epochs=10)
@@ -94,8 +94,6 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
-    encoder: Literal["nature", "impala"] = "nature"
-    """nature: three convolutions (Mnih et al. 2015); impala: residual blocks (Espeholt et al. 2018)"""
     embedding: int = 512  # width of what the encoder gives
     layer_norm: bool = False  # normalise the embedding and every hidden layer (Ba, Kiros and Hinton 2016), then ReLU
     grey: bool = False  # let the encoder see brightness alone
@@ -178,6 +176,14 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
+class NormReLU(nn.Module):
+    """ReLU of features (batch, width) that are normalised over any width, which nn.LayerNorm must be told before."""
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
+
+
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -188,16 +194,10 @@ class Encoder(nn.Module):
         channels //= 3 if args.grey else 1
         frame = torch.zeros(1, channels, height, width)
         layers = []
-        if args.encoder == "impala":
-            for width in (16, 32, 32):
-                layers += [layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, 2, padding=1)]
-                layers += [Residual(width), Residual(width)]
-                channels = width
-        else:  # detail 21: the CNN of Nature, shared by actor and critic
-            for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-                layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
-                channels = width
-        self.cnn = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
+            channels = width
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
         self.linear = nn.Sequential(flat, NormReLU() if args.layer_norm else nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
