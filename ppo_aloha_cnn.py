@@ -34,10 +34,9 @@ SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
-LEARNS = dict(init_std=0.2, learning_rate=1e-4, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2)
+LEARNS = dict(init_std=0.2, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2, hidden=(256, 256, 256))
 LEARNS |= dict(critic="state", critic_iterations=5, pose_coef=0.3, bc_coef=1.0, bc_fade=2.0, bc_learning_rate=3e-3)
-LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012)
-LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), bc_frames=100_000)
+LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012, layer_norm=True)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "fast": LEARNS | dict(num_iterations=30, bc_minutes=9.0),
@@ -73,7 +72,7 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     num_steps: int = 64  # steps per environment and iteration
     num_iterations: int = 1000  # iterations to train for (0: those of --total-timesteps)
     total_timesteps: int = 0  # environment steps to train for (0: those of --num-iterations)
-    learning_rate: float = 3e-4  # Adam's step size
+    learning_rate: float = 1e-4  # Adam's step size
     desired_kl: float = 0.01  # adapt the learning rate to this KL divergence per update (0: do not)
     anneal_lr: bool = True  # let the learning rate fall linearly to zero, where no KL divergence is desired
     gamma: float = 0.99  # discount
