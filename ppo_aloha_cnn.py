@@ -25,7 +25,6 @@ from common.envs.aloha_eval import evaluate, plain, record_video, report
 from common.envs.aloha_expert import Expert
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.layers import NormReLU, Residual
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
@@ -35,21 +34,20 @@ SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
-# Noise of 0.02 rad, two thirds of an action, defeats the insertion, so the policy starts with less.
-LEARNS = dict(init_std=0.2, learning_rate=1e-4, num_steps=128, num_minibatches=8, update_epochs=2, critic_iterations=5)
-LEARNS |= dict(layer_norm=True, hidden=(256, 256, 256), critic="state", pose_coef=0.3, bc_coef=1.0, bc_fade=2.0)
-LEARNS |= dict(image_height=64, image_width=96, crop=(0.28, 0.42, 0.72, 0.74), mesh_detail=0.012)
+LEARNS = dict(init_std=0.2, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2, hidden=(256, 256, 256))
+LEARNS |= dict(critic="state", critic_iterations=5, pose_coef=0.3, bc_coef=1.0, bc_fade=2.0, bc_learning_rate=3e-3)
+LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012, layer_norm=True)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "fast": LEARNS | dict(num_iterations=20, bc_minutes=9.0),
-    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0, bc_frames=150_000),
+    "fast": LEARNS | dict(num_iterations=30, bc_minutes=9.0),
+    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0),
     "gpu": LEARNS | dict(num_envs=512, num_iterations=200),
     # PPO of Stable-Baselines3 with its defaults where the document names no value.
     "document": dict(num_envs=4, num_steps=2048, num_iterations=122, num_minibatches=128, update_epochs=10)
     | dict(learning_rate=3e-4, desired_kl=0.0, anneal_lr=False, ent_coef=0.01, vf_coef=1.0, max_grad_norm=0.5)
-    | dict(clip_vloss=False, norm_obs=False, obs_type="pixels", action_mode="absolute")
+    | dict(clip_vloss=False, norm_obs=False, obs_type="pixels", action_mode="absolute", precision="float32")
     | dict(image_height=480, image_width=640, crop=(0.0, 0.0, 1.0, 1.0), mesh_detail=0.0, reward="document")
-    | dict(chunk_size=64, precision="float32"),
+    | dict(chunk_size=64),
 }
 
 
@@ -66,6 +64,7 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
     bc_fade: float = 0.5  # share of the iterations after which it is zero
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
+    critic_learning_rate: float = 1e-3  # Adam's step size in them
 
     demo_resets: bool = False  # reverse curriculum: episodes begin in states of demonstrations, ever earlier ones
 
@@ -73,7 +72,7 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     num_steps: int = 64  # steps per environment and iteration
     num_iterations: int = 1000  # iterations to train for (0: those of --total-timesteps)
     total_timesteps: int = 0  # environment steps to train for (0: those of --num-iterations)
-    learning_rate: float = 3e-4  # Adam's step size
+    learning_rate: float = 1e-4  # Adam's step size
     desired_kl: float = 0.01  # adapt the learning rate to this KL divergence per update (0: do not)
     anneal_lr: bool = True  # let the learning rate fall linearly to zero, where no KL divergence is desired
     gamma: float = 0.99  # discount
@@ -94,8 +93,6 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
-    encoder: Literal["nature", "impala"] = "nature"
-    """nature: three convolutions (Mnih et al. 2015); impala: residual blocks (Espeholt et al. 2018)"""
     embedding: int = 512  # width of what the encoder gives
     layer_norm: bool = False  # normalise the embedding and every hidden layer (Ba, Kiros and Hinton 2016), then ReLU
     grey: bool = False  # let the encoder see brightness alone
@@ -178,6 +175,14 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
+class NormReLU(nn.Module):
+    """ReLU of features (batch, width) that are normalised over any width, which nn.LayerNorm must be told before."""
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
+
+
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -188,17 +193,10 @@ class Encoder(nn.Module):
         channels //= 3 if args.grey else 1
         frame = torch.zeros(1, channels, height, width)
         layers = []
-        if args.encoder == "impala":
-            for width in (16, 32, 32):
-                layers += [layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, 2, padding=1)]
-                layers += [Residual(width), Residual(width)]
-                channels = width
-            layers.append(nn.ReLU())
-        else:  # detail 21: the CNN of Nature, shared by actor and critic
-            for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-                layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
-                channels = width
-        self.cnn = nn.Sequential(*layers, nn.Flatten())
+        for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
+            channels = width
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
         self.linear = nn.Sequential(flat, NormReLU() if args.layer_norm else nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
@@ -386,7 +384,7 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "bc_fade", "bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate"):
+    for name in ("embedding", "bc_fade", "critic_learning_rate", *dagger.ABOVE_ZERO):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
@@ -413,9 +411,7 @@ def main(args: Args):
     expert = Expert(args, device)
 
     # --- agent
-    curriculum = Curriculum(args, args.seed, N, device) if args.demo_resets else None
-    if curriculum:
-        envs.start_states = curriculum.starts
+    curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
@@ -498,6 +494,9 @@ def main(args: Args):
         progress = run.iteration / num_iterations
         if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
+        critic_alone = run.iteration < args.critic_iterations
+        if critic_alone or run.iteration == args.critic_iterations > 0:
+            learning_rate.fill_(args.critic_learning_rate if critic_alone else args.learning_rate)
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):
@@ -542,13 +541,13 @@ def main(args: Args):
             values = b_values.view(T, N)
             b_advantages = flatten(compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda))
             b_returns = b_advantages + b_values
-            if run.iteration < args.critic_iterations:
+            if critic_alone:
                 b_advantages.zero_()
             old_std = agent.std()
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs, "dists": b_dists}
         batch |= {"returns": b_returns, "values": b_values}
         if args.bc_coef:
-            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade) * (run.iteration >= args.critic_iterations)
+            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade) * (not critic_alone)
             batch |= {"labels": flatten(labels), "bc_coef": torch.full_like(b_values, bc_coef)}
 
         # --- update

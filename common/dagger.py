@@ -11,6 +11,8 @@ from common import distributed
 from common.meter import Meter
 from common.storage import put, take, zeros
 
+ABOVE_ZERO = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate")  # flags that must be
+
 
 @dataclass
 class DaggerConfig:
@@ -19,7 +21,7 @@ class DaggerConfig:
     bc_minutes: float = 8.0  # duration of the warm start
     bc_batch: int = 128  # frames per gradient step of the warm start
     bc_updates: int = 4  # gradient steps after each step of all environments
-    bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
+    bc_frames: int = 100_000  # frames kept in the warm start, the newest; at 72 x 96 pixels 21 kB each
     bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
     pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are

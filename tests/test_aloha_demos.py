@@ -13,7 +13,11 @@ CONFIG = AlohaConfig(obs_type="state", threads=1)
 @pytest.fixture(scope="module")
 def made():
     Curriculum.DEMOS = 3
-    return Curriculum(CONFIG, 5, 4, "cpu")
+    training = AlohaEnv(4, obs_type="state", threads=1)
+    made = Curriculum(CONFIG, training, 5)
+    assert training.start_states == made.starts
+    training.close()
+    return made
 
 
 @pytest.fixture

@@ -16,10 +16,14 @@ class Curriculum:
     DEMOS = 64
     STEP, ENOUGH, OFTEN = 5, 100, 0.8  # control steps; how many episodes decide; which share of them must succeed
 
-    def __init__(self, cfg: AlohaConfig, seed: int, num_envs: int, device):
+    def __init__(self, cfg: AlohaConfig, training: AlohaEnv, seed: int):
+        device = training.device
         self.frontier = self.STEP
+        training.start_states = self.starts
         self.counts = torch.zeros(2, device=device)  # of the farther half since the last decision: episodes, successes
-        self.back = torch.zeros(num_envs, dtype=torch.long, device=device)  # steps before success of each one's start
+        self.back = torch.zeros(
+            training.num_envs, dtype=torch.long, device=device
+        )  # steps before success of each one's start
         self.back_before = self.back
         settings = plain(cfg) | {"obs_type": "state", "critic": "pixels", "env_backend": "fast"}
         envs = AlohaEnv(self.DEMOS, device, seed, **settings)
