@@ -1,4 +1,5 @@
-"""Every rule of the environment of scanned objects, on the `mujoco` backend; two tests hold `warp` and `mjx` to it."""
+"""Every rule of the environment of scanned objects, on the `mujoco` backend; tests/test_real2sim_engines.py holds
+the others to it."""
 
 import math
 import subprocess
@@ -560,35 +561,6 @@ def test_a_film_is_written(cameras, tmp_path):
         lambda obs: torch.zeros(len(obs), 9), Real2SimConfig(max_episode_steps=6), tmp_path / "x.mp4", episodes=2
     )
     assert path is not None and (tmp_path / "x.mp4").stat().st_size > 1000
-
-
-# --- engines
-
-
-@pytest.mark.parametrize(("backend", "tolerance"), (("warp", 1e-4), ("mjx", 5e-3)))
-def test_engines_agree(backend, tolerance):
-    """Worlds of their own mass, friction and size, on a CPU. MJX does not see where a servo is at its limit while it
-    integrates, which is worth a milliradian.
-    """
-    pytest.importorskip("jax" if backend == "mjx" else "mujoco_warp")
-    config = dict(mass=(0.5, 2.0), friction=(0.5, 1.5), object_size=(0.9, 1.1))
-    ours, theirs = make(2, **config), make(2, backend=backend, **config)
-    starts = ours.reset(seed=4)[0], theirs.reset(seed=4)[0]
-    torch.testing.assert_close(*starts, rtol=0, atol=1e-6)
-    for world in (ours, theirs):
-        world.physics.qpos[:, 11] += 0.02  # the object falls and comes to rest
-    for action in 0.5 * actions(12, 2):
-        a, b = ours.step(action), theirs.step(action)
-        torch.testing.assert_close(a[0], b[0], rtol=0, atol=tolerance)
-        torch.testing.assert_close(a[1], b[1], rtol=0, atol=tolerance)
-    assert ours.physics.fields.keys() - real2sim.C_ONLY == theirs.physics.fields.keys()
-
-
-def test_what_mjx_cannot_do_is_one_sentence():
-    pytest.importorskip("jax")
-    with pytest.raises(ValueError, match="--backend mjx holds geom_dataid once for all worlds") as error:
-        make(2, backend="mjx", objects=TWO)
-    assert "\n" not in str(error.value)
 
 
 # --- the pipeline's phases

@@ -156,8 +156,10 @@ class Real2SimEnv(VectorEnv):
         if backend != "mujoco":
             names -= C_ONLY
         contacts, rows = (24, 96) if is_box(cfg) else (96, 400)
+        impl = ("jax" if is_box(cfg) else "warp") if cfg.mjx_impl == "auto" else cfg.mjx_impl
+        per_world = tuple(sorted(names))
         self.physics = BatchedMujoco(
-            self.model, self.num_envs, self.device, backend, physics_threads, tuple(sorted(names)), contacts, rows
+            self.model, self.num_envs, self.device, backend, physics_threads, per_world, contacts, rows, impl
         )
         # (variants or 1, ...) of each field, as the worlds hold it.
         self._tables = {
