@@ -34,6 +34,8 @@ class Real2SimConfig:
     """dense: reach, grasp, lift, place and success by their weights, 1 in all; sparse: 1 at the goal, else -1"""
     reward_file: str = ""
     """a Python file whose function `reward` takes tensors by name and gives one number per environment"""
+    lead: float = 0.2
+    """how far a joint's target may run ahead of the joint (rad): what presses hard must first let go of that much"""
     object_area: tuple[float, float] = (0.1, 0.15)
     """half widths along x and y of the area where the object lies at first (m)"""
     object_yaw: float = 0.785
@@ -92,6 +94,7 @@ def check(cfg: Real2SimConfig, num_envs: int):
     require(0 < cfg.density < math.inf, "density", "a number above 0 (kg/m3)")
     for name in ("object_area", "goal_area"):
         require(all(0 <= x <= 0.25 for x in getattr(cfg, name)), name, "two numbers from 0 to 0.25 (m)")
+    require(0.01 <= cfg.lead <= 1, "lead", "a number from 0.01 to 1 (rad)")
     require(0 <= cfg.object_yaw <= math.pi, "object_yaw", "a number from 0 to pi (rad)")
     ranges = {"goal_height": (0, 0.5), "object_size": (0.2, 5), "mass": (0.05, 20), "friction": (0.05, 20)}
     ranges |= {"restitution": (0, 0.95), "damping": (0.1, 2), "delay": (0, 20), "light": (0, 10)}
