@@ -24,6 +24,7 @@ import torch.nn as nn
 
 from common import agents, checkpoint, cli, distributed
 from common.cuda_graph import CudaGraph
+from common.envs import isaac, peg_isaac
 from common.envs.peg_insert import ENV_SETTINGS, PegInsertConfig, PegInsertEnv
 from common.envs.peg_insert_eval import evaluate, record_video, report
 from common.files import tolerant, write_json
@@ -50,7 +51,7 @@ class Args(cli.RunArgs, PegInsertConfig):
     """group of defaults; auto: gpu on a GPU, multimodal with --observation multimodal, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
     curriculum: bool = True  # every environment's difficulty rises with its successes, from 0 to --difficulty
-    env_id: str = "PegInsert-v0"  # task: so far this one alone
+    env_id: str = "PegInsert-v0"  # task: this one, or the Factory-PegInsert of Isaac Lab
     num_agents: int = 1  # independent agents, each with --num-envs environments and a seed and folder of its own
 
     num_envs: int = 4096  # parallel environments, over all ranks
@@ -343,9 +344,9 @@ def default_preset(args: Args) -> str:
 
 
 def check_args(args: Args):
-    factory = args.env_id.startswith("Isaac-Factory-PegInsert")
-    cli.check(not factory, f"--env-id got {args.env_id}, which needs Isaac Sim, not yet supported by this script")
-    cli.check_flag(args, args.env_id == "PegInsert-v0", "env_id", "PegInsert-v0")
+    factory = peg_isaac.is_factory(args.env_id)
+    known = factory or args.env_id == "PegInsert-v0"
+    cli.check_flag(args, known, "env_id", "PegInsert-v0 or the name of Isaac Lab's Factory-PegInsert task")
     agents.check(args)
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
@@ -354,8 +355,17 @@ def check_args(args: Args):
     if os.environ.get("RANK", "0") == "0":
         try:
             PegInsertEnv(1, args.device, cfg=args, physics_threads=1).close()
+            if factory:
+                isaac.check_task(args.env_id, physics="")
         except ValueError as error:
             cli.fail(str(error))
+
+
+def make(args: Args, num_envs: int, device, seed: int, threads: int = 0):
+    if peg_isaac.is_factory(args.env_id):
+        video_dir = str(Path(args.log_dir) / "videos") if args.capture_video else ""
+        return peg_isaac.FactoryPegEnv(num_envs, device, seed, args, args.env_id, video_dir)
+    return PegInsertEnv(num_envs, device, seed, cfg=args, physics_threads=threads)
 
 
 def main(args: Args):
@@ -369,7 +379,7 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
-    envs = PegInsertEnv(N, device, seed, cfg=args, physics_threads=distributed.cores_per_rank())
+    envs = make(args, N, device, seed, distributed.cores_per_rank())
 
     # --- agent
     agent = Agent(envs, args).to(device)
@@ -528,7 +538,11 @@ def main(args: Args):
                 write_json(run.dir / "eval" / f"model_{run.iteration}.json", result)
             logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
             run.keep_best(result["score"], name)
-        if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
+            if peg_isaac.is_factory(args.env_id):  # a simulator runs once per process, so it was evaluated in
+                next_obs, _ = envs.reset()
+                next_start = torch.ones_like(next_start)
+        films = args.capture_video and not peg_isaac.is_factory(args.env_id)  # which has a recorder of its own
+        if films and run.iteration % args.video_interval == 0 and rank == 0:
             with tolerant("the video", run.dir):
                 path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
                 logger.video("videos/policy", path, run.global_step)
@@ -546,7 +560,8 @@ def main(args: Args):
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
         with tolerant("the final evaluation", run.dir, saved):
-            report(agent, args, result, run.dir, "final_model", args.save_video)
+            films = args.save_video and not peg_isaac.is_factory(args.env_id)
+            report(agent, args, result, run.dir, "final_model", films)
             write_json(run.dir / "summary.json", summary | result | run_info())
         print(f"{run.global_step:,} steps in {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     logger.close()
@@ -554,8 +569,9 @@ def main(args: Args):
 
 
 def run_evaluation(agent: Agent, args: Args, envs) -> dict:
-    """`evaluate` of the deterministic policy in environments of their own."""
-    result = evaluate(agent, args, envs.device, args.eval_episodes)
+    """`evaluate` of the deterministic policy in new environments, or in `envs`, where a process can have only one."""
+    only = envs if peg_isaac.is_factory(args.env_id) else None
+    result = evaluate(agent, args, envs.device, args.eval_episodes, envs=only)
     return result | {"score": result["success_rate"] + 1e-4 * result["mean_return"]}
 
 
@@ -563,11 +579,11 @@ def evaluate_checkpoint(args: Args):
     """--eval-only: metrics and video of --model-path."""
     state = checkpoint.load(args.model_path, SCRIPT)
     path, run_dir = Path(args.model_path), Path(args.log_dir)
-    envs = PegInsertEnv(1, args.device, cfg=args)
+    envs = make(args, args.num_envs if peg_isaac.is_factory(args.env_id) else 1, args.device, args.seed)
     agent = Agent(envs, args).to(args.device)
     checkpoint.load_agent(agent, state, "--model-path")
     result = run_evaluation(agent, args, envs)
-    report(agent, args, result, run_dir, path.stem, args.save_video)
+    report(agent, args, result, run_dir, path.stem, args.save_video and not peg_isaac.is_factory(args.env_id))
     print(f"everything is in {run_dir}")
 
 

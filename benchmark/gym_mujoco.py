@@ -87,6 +87,8 @@ class Job:
         """Writes the run's curve and figures; from then on it counts as finished."""
         folder = self.run_dir if self.side == "ours" else next(self.run_dir.glob("runs/*"))
         scalars = {name: sorted(dict(values).items()) for name, values in tools.read_scalars(folder).items()}
+        if "charts/episodic_return" not in scalars:
+            raise SystemExit(f"{folder}: no episode of {self.game} ended in {self.steps} steps; ask for more of them")
         returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
         rows = [(step, value, length) for (step, value), (_, length) in zip(returns, lengths, strict=True)]
         content = {"side": self.side, "game": self.game, "seed": self.seed, "total_timesteps": self.steps}

@@ -16,9 +16,12 @@ $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 $PY benchmark/peg_env_speed.py
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
+$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3
+$PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
+$PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
 $PY benchmark/real2sim_env_speed.py
 $PY benchmark/aloha_env_speed.py                                     # 18 min on a busy machine
-$PY benchmark/go2_transfer.py --seeds 7                              # 30 min
+$PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
 $PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min

@@ -206,7 +206,7 @@ def test_gpus_in_turn(monkeypatch):
     ("argv", "words"),
     [
         ("--agents 0", ["--num-agents", "above 0"]),
-        ("--env-id Isaac-Factory-PegInsert-Direct-v0", ["--env-id", "Isaac Sim", "not yet"]),
+        ("--env-id Isaac-Factory-PegInsert-Direct-v0", ["--env-id", "Isaac Lab cannot be imported"]),
         ("--task-name Go2-v0", ["--env-id", "Go2-v0", "PegInsert-v0"]),
         ("--agents 2 --log-dir {tmp}", ["agent_1", "--log-dir"]),
     ],

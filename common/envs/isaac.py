@@ -14,7 +14,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import gymnasium as gym
@@ -52,6 +52,7 @@ def make_env(
     compute_final_obs: bool = True,
     launcher_args: Iterable[str] = (),
     video_dir: str = "",
+    customise: Callable | None = None,
     **make_kwargs,
 ) -> VectorEnv:
     """The vector environment of `env_id`: `Isaac*` is Isaac Lab, `Mjlab-*` mjlab, anything else Gymnasium.
@@ -62,6 +63,7 @@ def make_env(
     compute_final_obs: whether to observe an episode's last state; without, `final_obs` is the observation before it.
     launcher_args: words for Isaac Lab's launcher, such as ("--headless",).
     video_dir: where Isaac Lab writes videos of its own; mjlab and Gymnasium draw through `render_frame()`.
+    customise: may change the configuration of a task of Isaac Lab, and returns what `gym.make` is to make in its place.
     make_kwargs: for the environment's constructor, such as render_mode="rgb_array".
     """
     device = torch.device(device)
@@ -73,7 +75,17 @@ def make_env(
     if env_id.startswith(("Isaac-", "IsaacContrib-")):
         stack = contextlib.ExitStack()
         sim = _make_isaac(
-            stack, env_id, num_envs, device, seed, physics, compute_final_obs, launcher_args, video_dir, make_kwargs
+            stack,
+            env_id,
+            num_envs,
+            device,
+            seed,
+            physics,
+            compute_final_obs,
+            launcher_args,
+            video_dir,
+            customise,
+            make_kwargs,
         )
         return IsaacEnv(sim, env_id, seed, clip_actions, history, compute_final_obs, stack.close)
     return GymnasiumEnv(env_id, num_envs, device, seed, history, **make_kwargs)
@@ -378,6 +390,11 @@ def _add_launcher_args(parser, launcher):
         add_launcher_args(parser)
 
 
+def is_version_3() -> bool:
+    """Whether the Isaac Lab that is installed is 3.x, whose quaternions are x y z w; those of 2.x are w x y z."""
+    return _find_launcher() is not None
+
+
 def _find_launcher():
     app = importlib.import_module("isaaclab.app")
     if hasattr(app, "launch_simulation"):
@@ -434,7 +451,7 @@ def _function_name(func) -> str:
 
 
 def _make_isaac(
-    stack, env_id, num_envs, device, seed, physics, compute_final_obs, launcher_args, video_dir, make_kwargs
+    stack, env_id, num_envs, device, seed, physics, compute_final_obs, launcher_args, video_dir, customise, make_kwargs
 ):
     """The environment; what must stay open while it lives is entered into `stack`."""
     launcher = _launcher(env_id)
@@ -471,7 +488,7 @@ def _make_isaac(
             make_kwargs = {"render_mode": "rgb_array"} | make_kwargs
         if launcher is not None:
             stack.enter_context(launch_simulation(cfg, args))
-        env = gym.make(env_id, cfg=cfg, **make_kwargs)
+        env = gym.make(customise(cfg) if customise else env_id, cfg=cfg, **make_kwargs)
     except ImportError as error:  # such as moviepy, for a video
         raise ValueError(f"--env-id {env_id} lacks a package: {' '.join(str(error).split())}") from None
     except (FileNotFoundError, RuntimeError) as error:  # such as a robot, on a server that cannot be reached

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from PIL import Image
 
 from common.envs.peg_insert import PegInsertConfig, PegInsertEnv, build_model
@@ -18,21 +19,27 @@ LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # difficulties that `evaluate_levels` trie
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, cfg: PegInsertConfig, device, episodes: int, seed: int = SEED) -> dict:
-    """Success and return of `policy` in at least `episodes` fresh episodes at `cfg.difficulty`.
+def evaluate(
+    policy: Policy, cfg: PegInsertConfig, device, episodes: int, seed: int = SEED, envs: VectorEnv | None = None
+) -> dict:
+    """Success and return of `policy` in at least `episodes` fresh episodes at `cfg.difficulty`, in environments of
+    their own or in `envs`.
 
     `success_rate`: the peg is seated when the episode ends; `success_once_rate`: it was at some moment. Rates have
     Wilson's 95% interval beside them.
     """
-    num_envs = min(episodes, 128)
-    envs = PegInsertEnv(num_envs, device, seed, replace(plain(cfg), curriculum=False))
+    own = envs is None
+    if own:
+        envs = PegInsertEnv(min(episodes, 128), device, seed, replace(plain(cfg), curriculum=False))
+    num_envs = envs.num_envs
     found = []
     obs, _ = envs.reset(seed=seed)
     while len(found) * num_envs < episodes:
         obs, _, terminated, truncated, info = envs.step(policy(obs))
         if (terminated | truncated).all():  # time limits, all at the same step
             found.append({name: value.float().cpu() for name, value in info["episode"].items()})
-    envs.close()
+    if own:
+        envs.close()
     columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
     count = len(columns["r"])
     mean_return, half_width = mean_ci95(columns["r"])
@@ -41,7 +48,8 @@ def evaluate(policy: Policy, cfg: PegInsertConfig, device, episodes: int, seed: 
     for name in ("success", "success_once", "engaged"):
         hits = int(columns[name].sum())
         result |= {f"{name}_rate": hits / count, f"{name}_ci95": list(wilson_ci95(hits, count))}
-    result["keypoint_distance"] = columns["keypoint_distance"].mean().item()
+    if "keypoint_distance" in columns:
+        result["keypoint_distance"] = columns["keypoint_distance"].mean().item()
     return result
 
 
