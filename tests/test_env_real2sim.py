@@ -442,6 +442,13 @@ def dropped(steps=30, **config):
     return torch.stack(heights)
 
 
+@pytest.mark.parametrize("objects", (("box",), TWO), ids=str)
+def test_what_is_heavy_falls_no_faster(objects):
+    light, heavy = (dropped(4, mass=(factor, factor), objects=objects) for factor in (0.5, 5.0))
+    torch.testing.assert_close(light, heavy, rtol=0, atol=1e-6)
+    assert (light[0] - light[-1]).min() > 0.02
+
+
 def test_restitution_makes_it_bounce():
     dull, lively = dropped(), dropped(restitution=(0.8, 0.8))
     rise = lambda h: (h[12:].max(0).values - 0.03).max()  # noqa: E731

@@ -148,7 +148,7 @@ class Real2SimEnv(VectorEnv):
         """Worlds whose own are the fields in which variants differ or that are randomised."""
         cfg, tables = self.cfg, self.variants.tables()
         names = set(tables)
-        names |= set(MASSES + INVERSE_MASSES) if cfg.mass[0] < cfg.mass[1] or cfg.mass[0] != 1 else set()
+        names |= {*MASSES, *INVERSE_MASSES, "dof_M0"} if cfg.mass[0] < cfg.mass[1] or cfg.mass[0] != 1 else set()
         names |= {"pair_friction"} if cfg.friction != (1, 1) else set()
         names |= {"pair_solref"} if cfg.restitution != (0, 0) else set()
         names |= {"actuator_biasprm"} if cfg.damping != (1, 1) else set()
@@ -423,6 +423,8 @@ class Real2SimEnv(VectorEnv):
                 value[:, self._body] *= mass.to(value.dtype).view(-1, *[1] * (value.dim() - 2))
             elif name == "body_invweight0":
                 value[:, self._body] /= mass.to(value.dtype)
+            elif name == "dof_M0":  # where a body's inertia is diagonal the C engine takes its mass from here
+                value[:, self._dof : self._dof + 6] *= mass.to(value.dtype)
             elif name == "dof_invweight0":
                 value[:, self._dof : self._dof + 6] /= mass.to(value.dtype)
             elif name == "pair_friction":
