@@ -74,8 +74,9 @@ class Args(cli.RunArgs, PickConfig):
     gradient_checkpointing: bool = False  # compute the activations of the head's blocks twice to save memory
     memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
 
-    sde_steps: Literal["one", "all"] = "one"
-    """which steps of the integration have noise: one drawn at random for each chunk, or all, at K times the price"""
+    sde_steps: Literal["one", "last", "all"] = "one"
+    """which steps of the integration have noise: one drawn at random for each chunk, the last, or all, at K times the
+    price"""
     noise_level: float = 0.5  # a of the Flow-SDE; 0 is the model's own integration
     noise_correlation: float = 0.0  # of the noise of a chunk's actions; independent one averages out over the chunk
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
@@ -264,6 +265,8 @@ class FlowAgent(nn.Module):
         step = torch.arange(K, device=x.device).expand(batch, K)
         if self.sde_steps == "one":
             step = torch.randint(K, (batch, 1), device=x.device)
+        elif self.sde_steps == "last":  # of what an earlier noise does, the steps after it undo a part
+            step = step[:, -1:]
         noise = torch.zeros(batch, K, device=x.device).scatter_(1, step, 1.0)  # detail 23: Gaussian, in each such step
         points = self.integrate(context, obs["state"], x, noise)
         rows = torch.arange(batch, device=x.device)[:, None]

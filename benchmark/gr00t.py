@@ -3,6 +3,7 @@
     python benchmark/gr00t.py --seeds 1 2 3                             # both policies from the same warm start
     python benchmark/gr00t.py --seeds 1 --policies gr00t --num-iterations 50
     python benchmark/gr00t.py --policies mlp --seeds 1 2 3              # the state task
+    python benchmark/gr00t.py --policies gr00t --seeds 1 --run runs/...  # a run that was trained already
 
 Per seed one tiny GR00T is cloned, and every policy starts from it with the same samples per iteration. Unknown flags
 go to ppo_gr00t.py. Results of policies and seeds that were not asked for stay in the file. Beside the JSON, a picture
@@ -40,15 +41,18 @@ def success(path: Path, episodes: int) -> dict:
 
 
 def measure(run_dir: Path, episodes: int) -> dict:
-    """Success before and after PPO, the curves, and what it cost."""
-    state = checkpoint.load(run_dir / "checkpoints" / "final_model.pt", ppo_gr00t.SCRIPT)
-    found = {"after": success(run_dir / "checkpoints" / "final_model.pt", episodes)}
+    """Success before and after PPO, the curves, and what it cost; of a run that was stopped, its newest model's."""
+    last = checkpoint.latest(run_dir)
+    state = checkpoint.load(last, ppo_gr00t.SCRIPT)
+    found = {"after": success(last, episodes)}
     first = run_dir / "checkpoints" / "model_0.pt"
     if first.exists():
         found["before"] = success(first, episodes)
         found["gain"] = found["after"]["success_rate"] - found["before"]["success_rate"]
     scalars = tools.read_scalars(run_dir)
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
+    other = {"log_dir", "config", "track", "model_path"}
+    kept["settings"] = {name: value for name, value in state["args"].items() if name not in other}
     return found | {"summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
 
 
@@ -78,6 +82,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES[:2]))
     parser.add_argument("--episodes", type=int, default=256, help="of the evaluations before and after")
+    parser.add_argument("--run", type=Path, help="folder of a finished or stopped run, instead of training one")
     args, flags = parser.parse_known_args()
     began, folder = time.time(), tools.new_folder(args, "gr00t")
     file = args.out / "gr00t.json"
@@ -85,13 +90,14 @@ def main():
     for seed in args.seeds:
         start = None  # the first policy's warm start, which the second one shares
         for policy in args.policies:
-            run_dir = folder / f"{policy}_{seed}"
+            run_dir = args.run or folder / f"{policy}_{seed}"
             command = ["--policy", policy, "--seed", seed, "--log-dir", run_dir, "--no-save-video", *flags]
             command += ["--model-path", start] if start else []
             print(f"{policy}, seed {seed}", flush=True)
             log = run_dir.with_suffix(".log")
-            tools.finish(tools.start("ppo_gr00t.py", command, log), log)
-            run = {"flags": [str(flag) for flag in ("--policy", policy, *flags)]} | measure(run_dir, args.episodes)
+            if not args.run:
+                tools.finish(tools.start("ppo_gr00t.py", command, log), log)
+            run = {"flags": [str(flag) for flag in flags]} | measure(run_dir, args.episodes)
             if policy != "mlp":
                 start = start or run_dir / "warm_start"
             by_seed = runs.setdefault(policy, {})

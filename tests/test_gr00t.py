@@ -157,14 +157,14 @@ def brute_force(agent, obs, action, correlation):
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
-@pytest.mark.parametrize("steps", ["one", "all"])
+@pytest.mark.parametrize("steps", ["one", "last", "all"])
 def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, correlation):
     agent, _ = make(sde_steps=steps, noise_correlation=correlation)
     obs = agent.encode(observation())
     with torch.no_grad():
         action, logprob, entropy, value, dist = agent.get_action_and_value(obs)
         torch.testing.assert_close(logprob, brute_force(agent, obs, action, correlation), atol=1e-3, rtol=1e-5)
-    n = {"one": 1, "all": 4}[steps]
+    n = {"one": 1, "last": 1, "all": 4}[steps]
     assert dist.shape == (BATCH, n, CHUNK, ACTIONS) and value.shape == (BATCH,)
     std = agent.step_std[action["step"]]
     alone = CHUNK * ACTIONS * Normal(0, std).entropy().sum(1)
