@@ -9,7 +9,7 @@ INSTALL_GL := test -z "$$MUJOCO_GL" && test "$$(id -u)" = 0 && command -v apt-ge
 	{ export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; \
 	apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri >/dev/null; }
 
-.PHONY: go2 peginsert aloha gr00t gl test test-mjlab lint clean
+.PHONY: go2 peginsert aloha real2sim gr00t gl test test-mjlab lint clean
 
 go2: $(STAMP) gl  ## train, evaluate and film the Go2; flags of your own: make go2 ARGS="--seed 2"
 	$(PY) ppo_go2_mujoco.py $(ARGS)
@@ -19,6 +19,9 @@ peginsert: $(STAMP) gl  ## train, evaluate and film the Panda that inserts a peg
 
 aloha: $(STAMP) gl  ## clone a scripted expert, train, evaluate and film the two ALOHA arms
 	$(PY) ppo_aloha_cnn.py --bc-init $(ARGS)
+
+real2sim: $(STAMP) gl  ## train, evaluate and film the Panda that picks up scanned objects, by SAC
+	$(PY) sac_real2sim_mjx.py $(ARGS)
 
 gr00t: $(STAMP) gl  ## clone a scripted expert, then PPO on the flow of a tiny GR00T; evaluate and film it
 	$(PY) ppo_gr00t.py $(ARGS)

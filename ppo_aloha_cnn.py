@@ -17,9 +17,10 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, distributed
+from common import checkpoint, cli, dagger, distributed
 from common.cuda_graph import CudaGraph
 from common.envs.aloha import AlohaConfig, AlohaEnv
+from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain, record_video, report
 from common.envs.aloha_expert import Expert
 from common.files import tolerant, write_json
@@ -27,29 +28,31 @@ from common.flat_adam import FlatAdam
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
-from common.replay import Replay, shifted
 from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
 
 SCRIPT = "ppo_aloha_cnn"
 TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
+LEARNS = dict(init_std=0.2, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2, hidden=(256, 256, 256))
+LEARNS |= dict(critic="state", critic_iterations=5, pose_coef=0.3, bc_coef=1.0, bc_fade=2.0, bc_learning_rate=3e-3)
+LEARNS |= dict(image_height=72, image_width=96, crop=(0.28, 0.36, 0.72, 0.74), mesh_detail=0.012, layer_norm=True)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    # Noise of 0.02 rad, two thirds of an action, defeats the insertion, so the policy starts with less.
-    "fast": dict(num_envs=64, num_iterations=300, init_std=0.2),
-    "gpu": dict(num_envs=512, num_iterations=300, init_std=0.2),
+    "fast": LEARNS | dict(num_iterations=30, bc_minutes=9.0),
+    "long": LEARNS | dict(num_iterations=200, bc_minutes=25.0),
+    "gpu": LEARNS | dict(num_envs=512, num_iterations=200),
     # PPO of Stable-Baselines3 with its defaults where the document names no value.
     "document": dict(num_envs=4, num_steps=2048, num_iterations=122, num_minibatches=128, update_epochs=10)
     | dict(learning_rate=3e-4, desired_kl=0.0, anneal_lr=False, ent_coef=0.01, vf_coef=1.0, max_grad_norm=0.5)
-    | dict(clip_vloss=False, norm_obs=False, obs_type="pixels", action_mode="absolute")
+    | dict(clip_vloss=False, norm_obs=False, obs_type="pixels", action_mode="absolute", precision="float32")
     | dict(image_height=480, image_width=640, crop=(0.0, 0.0, 1.0, 1.0), mesh_detail=0.0, reward="document")
     | dict(chunk_size=64),
 }
 
 
 @dataclass
-class Args(cli.RunArgs, AlohaConfig):
+class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: gpu on a GPU, else fast; document: the recipe that this was made for, as it stands"""
     exp_name: str = SCRIPT  # name of the experiment
@@ -58,20 +61,18 @@ class Args(cli.RunArgs, AlohaConfig):
     eval_backend: Literal["fast", "gym-aloha"] = "fast"  # environment of evaluations; the package's is slow
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
-    bc_minutes: float = 8.0  # duration of the warm start
-    bc_batch: int = 128  # frames that are learned from after each step of all environments
-    bc_frames: int = 60_000  # frames kept in the warm start, the newest; at 84 x 84 pixels 21 kB each
-    bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
     bc_fade: float = 0.5  # share of the iterations after which it is zero
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
-    random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+    critic_learning_rate: float = 1e-3  # Adam's step size in them
+
+    demo_resets: bool = False  # reverse curriculum: episodes begin in states of demonstrations, ever earlier ones
 
     num_envs: int = 64  # parallel environments, over all ranks
     num_steps: int = 64  # steps per environment and iteration
     num_iterations: int = 1000  # iterations to train for (0: those of --total-timesteps)
     total_timesteps: int = 0  # environment steps to train for (0: those of --num-iterations)
-    learning_rate: float = 3e-4  # Adam's step size
+    learning_rate: float = 1e-4  # Adam's step size
     desired_kl: float = 0.01  # adapt the learning rate to this KL divergence per update (0: do not)
     anneal_lr: bool = True  # let the learning rate fall linearly to zero, where no KL divergence is desired
     gamma: float = 0.99  # discount
@@ -93,7 +94,10 @@ class Args(cli.RunArgs, AlohaConfig):
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
     embedding: int = 512  # width of what the encoder gives
+    layer_norm: bool = False  # normalise the embedding and every hidden layer (Ba, Kiros and Hinton 2016), then ReLU
     grey: bool = False  # let the encoder see brightness alone
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the encoder; auto: bfloat16 where the hardware has it, else float32"""
 
     ranks: int = 0  # processes that share the environments on a CPU (0: as many as pay); on GPUs use torchrun
     chunk_size: int = 4096  # samples per forward pass after the rollout, as many as the memory holds
@@ -102,9 +106,6 @@ class Args(cli.RunArgs, AlohaConfig):
 
     batch_size: int = 0  # computed at run time: samples per iteration on this rank
     minibatch_size: int = 0  # computed at run time: samples per minibatch on this rank
-
-    def __post_init__(self):
-        self.task = TASKS[self.env_id]
 
 
 # === layer init ===
@@ -174,6 +175,14 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
+class NormReLU(nn.Module):
+    """ReLU of features (batch, width) that are normalised over any width, which nn.LayerNorm must be told before."""
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
+
+
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -189,7 +198,7 @@ class Encoder(nn.Module):
             channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
-        self.linear = nn.Sequential(flat, nn.ReLU())
+        self.linear = nn.Sequential(flat, NormReLU() if args.layer_norm else nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
         self.grey = args.grey
 
@@ -222,13 +231,16 @@ class Agent(nn.Module):
         self.stats = RunningMeanStd(vector.shape[0], 1e-5) if args.norm_obs and vector else None  # detail 28
         self.return_stats = RunningMeanStd(1)
         self.privileged = state is not None  # --critic state
-        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=nn.ELU)
+        unit = NormReLU if args.layer_norm else nn.ELU
+        self.critic = mlp(state.shape[0] if state else width, args.hidden, 1, 1.0, activation=unit)
         if self.privileged:  # of states that are normalised in the critic itself
             self.critic = nn.Sequential(RunningMeanStd(state.shape[0], 1e-5), self.critic)
-        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=nn.ELU)  # detail 26: separate MLPs
+        self.actor = mlp(width, args.hidden, self.action_shape[0], 0.01, activation=unit)  # detail 26: separate MLPs
+        self.pose = layer_init(nn.Linear(width, envs.pose_dim)) if self.privileged and args.pose_coef else None
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full(self.action_shape, math.log(args.init_std)))
         self.logstd_limits = (math.log(args.min_std), math.log(10.0))
+        self.bfloat16 = args.precision == "bfloat16"
 
     def normalise(self, obs):
         if self.stats is None:
@@ -248,12 +260,16 @@ class Agent(nn.Module):
     def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
-    def get_value(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch,)
-        return self.critic(self.encoder(obs) if not self.privileged else obs["state"]).squeeze(-1)
+    def embed(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch, width)
+        with torch.autocast(self.actor_logstd.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.encoder(obs).float()
+
+    def get_value(self, obs):  # (batch,)
+        return self.critic(self.embed(obs) if not self.privileged else obs["state"]).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
-        return self.actor(self.encoder(obs))
+        return self.actor(self.embed(obs))
 
     def sample(self, dist):
         return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
@@ -265,7 +281,7 @@ class Agent(nn.Module):
         return gaussian_kl(old_dist, old_std, dist, self.std())
 
     def get_action_and_value(self, obs, action=None):
-        embedding = self.encoder(obs)
+        embedding = self.embed(obs)
         dist = self.actor(embedding)
         value = self.critic(embedding if not self.privileged else obs["state"]).squeeze(-1)
         if action is None:
@@ -273,8 +289,8 @@ class Agent(nn.Module):
         return action, *self.log_prob_and_entropy(dist, action), value, dist
 
     def forward(self, obs):
-        """The deterministic policy on raw observations: what is evaluated and exported."""
-        return self.get_dist(self.normalise(obs))
+        """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
+        return self.actor(self.encoder(self.normalise(obs)))
 
 
 # === gae ===
@@ -344,65 +360,10 @@ def ppo_loss(agent, args, minibatch):
         }
     # === end ppo loss ===
     if "labels" in minibatch:
-        bc_loss = cloning_loss(newdist, minibatch["labels"])
+        bc_loss = dagger.cloning_loss(newdist, minibatch["labels"])
         loss = loss + minibatch["bc_coef"].mean() * bc_loss
         stats["bc_loss"] = bc_loss.detach()
     return loss, stats
-
-
-# --- the warm start
-
-
-def cloning_loss(means, labels):
-    """Of means and the expert's actions (batch, action_dim). The absolute error: where the expert opens or closes a
-    gripper, its least is at one of the two, and that of the squared error between them.
-    """
-    return (means - labels).abs().mean()
-
-
-def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt):
-    """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
-    more of which are the policy's own. Gives the last observation and what was done.
-
-    The expert acts in a share of the environments that falls from all of them to none in the first half.
-    """
-    N = envs.num_envs
-    device = envs.device
-    spaces = {"obs": envs.single_observation_space, "labels": envs.single_action_space}
-    replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)  # bounded in memory
-    by_expert = torch.ones(N, 1, dtype=torch.bool, device=device)
-    meter = Meter()
-    start = said = time.time()
-    progress = 0.0  # of all ranks, which must do the same
-    while progress < 1 and not distributed.any_rank(interrupt, device):
-        labels = expert(envs)
-        replay.add({"obs": next_obs, "labels": labels})
-        agent.update_stats(next_obs)
-        with torch.no_grad():
-            actions = agent.sample(torch.where(by_expert, labels, agent(next_obs)))
-        next_obs, _, _, _, info = envs.step(actions)
-        meter.add({"success": info["episode"]["success"]}, info["_episode"])
-        # Who acts changes in the middle of an episode too: each goes on from where the other has led.
-        change = torch.rand(N, 1, device=device) < 0.02
-        by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 2 * progress, by_expert)
-
-        learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
-        minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
-        loss = cloning_loss(agent(shifted(minibatch["obs"], args.random_shift)), minibatch["labels"])
-        optimizer.compute_gradients(loss)
-        optimizer.all_reduce()
-        optimizer.clip_gradients(args.max_grad_norm)
-        optimizer.step()
-        meter.add({"loss": loss.detach()})
-        minutes = (time.time() - start) / 60
-        progress = distributed.mean(torch.tensor(minutes / args.bc_minutes, dtype=torch.float64)).item()
-        if distributed.any_rank(time.time() - said > 15 or progress >= 1, device):
-            said = time.time()
-            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
-    learning_rate.fill_(args.learning_rate)
-    return next_obs, {"warm_start_frames": replay.count * args.ranks, "warm_start_minutes": (time.time() - start) / 60}
 
 
 # === learning rate ===
@@ -423,9 +384,9 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "bc_minutes", "bc_batch", "bc_frames", "bc_learning_rate", "bc_fade"):
+    for name in ("embedding", "bc_fade", "critic_learning_rate", *dagger.ABOVE_ZERO):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    for name in ("bc_coef", "critic_iterations", "random_shift"):
+    for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
@@ -450,6 +411,7 @@ def main(args: Args):
     expert = Expert(args, device)
 
     # --- agent
+    curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
@@ -503,13 +465,17 @@ def main(args: Args):
         next_obs = to(run.own["next_obs"], device)
         next_start = run.own["next_start"].to(device)
         running_return = run.own["running_return"].to(device)
+        if curriculum:
+            curriculum.load_state_dict(run.own)
     else:
         next_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
 
     interrupt = checkpoint.Interrupt()
     warm_start = {}
     if args.bc_init and not args.resume:  # a resumed run goes on with PPO
-        next_obs, warm_start = clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt)
+        next_obs, warm_start = dagger.clone_expert(
+            agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt
+        )
         own = {"envs": envs.state_dict(), "next_obs": next_obs}
         own |= {"next_start": next_start, "running_return": running_return}
         run.save(own, "model_0.pt")
@@ -528,6 +494,9 @@ def main(args: Args):
         progress = run.iteration / num_iterations
         if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
+        critic_alone = run.iteration < args.critic_iterations
+        if critic_alone or run.iteration == args.critic_iterations > 0:
+            learning_rate.fill_(args.critic_learning_rate if critic_alone else args.learning_rate)
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):
@@ -538,6 +507,8 @@ def main(args: Args):
             actions[t] = policy(next_obs)
             # detail 27: the environment gets a copy of the action and clips what it must; the raw one is stored
             next_obs, rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
+            if curriculum:
+                curriculum.learn(info)
             next_start = info["_episode"].float()
             final_obs.add(truncations[t], info["final_obs"])
             episodes.add(episode_metrics(info), info["_episode"])
@@ -570,13 +541,13 @@ def main(args: Args):
             values = b_values.view(T, N)
             b_advantages = flatten(compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda))
             b_returns = b_advantages + b_values
-            if run.iteration < args.critic_iterations:
+            if critic_alone:
                 b_advantages.zero_()
             old_std = agent.std()
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs, "dists": b_dists}
         batch |= {"returns": b_returns, "values": b_values}
         if args.bc_coef:
-            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade)
+            bc_coef = args.bc_coef * max(0.0, 1 - progress / args.bc_fade) * (not critic_alone)
             batch |= {"labels": flatten(labels), "bc_coef": torch.full_like(b_values, bc_coef)}
 
         # --- update
@@ -592,6 +563,8 @@ def main(args: Args):
                 losses.add(stats)
             if args.target_kl and stats["kl"] > args.target_kl:
                 break
+        if curriculum:
+            curriculum.advance()
         agent.update_stats(flatten(obs))  # after the update, so that the first minibatch's ratio is exactly 1
         run.iteration += 1
 
@@ -609,6 +582,8 @@ def main(args: Args):
                 "losses/explained_variance": 1 - (b_returns - b_values).var() / b_returns.var(),
             }
             metrics["charts/action_std"] = agent.std().mean()
+            if curriculum:
+                metrics["charts/frontier"] = curriculum.frontier
             metrics |= {f"losses/{name}": value for name, value in losses.means().items()}
             metrics |= episodes.means()
             metrics |= {SB3_NAMES[name]: value for name, value in metrics.items() if name in SB3_NAMES}
@@ -621,6 +596,8 @@ def main(args: Args):
         if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
             own = {"envs": envs.state_dict(), "next_obs": next_obs}
             own |= {"next_start": next_start, "running_return": running_return}
+            if curriculum:
+                own |= curriculum.state_dict()
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
         if evaluate_now and rank == 0:
             result = run_evaluation(agent, args, envs)
@@ -648,6 +625,8 @@ def main(args: Args):
             checkpoint.export_onnx(agent, example, run.dir / "policy.onnx")
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
+        if curriculum:
+            result["success_by_steps_before"] = curriculum.measure(agent, args, args.eval_episodes, device)
         with tolerant("the final evaluation", run.dir, saved):
             report(agent, args, result, run.dir, "final_model", args.save_video)
             write_json(run.dir / "summary.json", summary | warm_start | result | run_info())
@@ -676,8 +655,11 @@ def evaluate_checkpoint(args: Args):
 
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
+    args.task = TASKS[args.env_id]  # tyro leaves the one of the defaults
     if not args.ranks:
         args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+    if args.precision == "auto":
+        args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

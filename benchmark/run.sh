@@ -17,9 +17,14 @@ $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 $PY benchmark/peg_env_speed.py
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
 $PY benchmark/pick_env_speed.py                                      # 6 min
+$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3
+$PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
+$PY benchmark/real2sim_env_speed.py
+$PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
 $PY benchmark/aloha_env_speed.py                                     # 18 min on a busy machine
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
 $PY benchmark/gr00t.py --seeds 1 2 3                                 # 3 seeds of two policies
+$PY benchmark/aloha.py --preset long --seeds 1 --keep-policy
 $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.

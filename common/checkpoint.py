@@ -22,7 +22,7 @@ from common.files import atomic, tolerant
 from common.provenance import peak_memory_mb
 
 # Settings of a run that its checkpoint does not pass on.
-NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config", "batch_size", "minibatch_size")
+NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config")
 
 
 def save(path: str | Path, state: dict) -> None:

@@ -44,6 +44,7 @@ RANGES = (
     (("gae_lambda",), "a number from 0 to 1", lambda value: 0 <= value <= 1),
     (("hidden",), "numbers above 0", lambda value: min(value, default=0) > 0),
 )
+ALGORITHMS = ("ppo", "sac", "ddpg")  # sections of a YAML file that only the scripts of that algorithm read
 RUN_INFO = "run_info"  # key under which `args.yaml` holds commit, versions and hardware, which are no settings
 
 
@@ -163,7 +164,8 @@ def parse_args(
     args = parse(from_line, Args())
     from_file = {}
     if saved is None and getattr(args, "config", ""):
-        from_file = _read_flags(_read_yaml(args.config), hints, aliases, where=f" in {args.config}")
+        algorithm = Args().exp_name.partition("_")[0] if "exp_name" in hints else ""
+        from_file = _read_flags(_read_yaml(args.config, algorithm), hints, aliases, where=f" in {args.config}")
         try:
             parse(from_file, Args())
         except SystemExit:
@@ -230,10 +232,11 @@ def _read_flags(argv: list[str], hints: dict, aliases: dict, unknown=None, where
     return flags
 
 
-def _read_yaml(path: str) -> list[str]:
+def _read_yaml(path: str, algorithm: str = "") -> list[str]:
     """The words of a command line for a YAML mapping such as `args.yaml` of an earlier run.
 
-    A value that is a mapping is a section of settings, whatever its name; null stands for the default.
+    A value that is a mapping is a section of settings, whatever its name, but one of ALGORITHMS is left out unless it
+    is the script's own `algorithm`, if that is one of them. null stands for the default.
     """
     try:
         settings = yaml.safe_load(Path(path).read_text()) or {}
@@ -241,6 +244,8 @@ def _read_yaml(path: str) -> list[str]:
         fail(f"--config got {path!r}, which cannot be read as YAML ({' '.join(str(error).split())})")
     check(isinstance(settings, dict), f"--config got {path!r}; it takes a YAML file of lines such as `num_envs: 64`")
     settings.pop(RUN_INFO, None)
+    if algorithm in ALGORITHMS:
+        settings = {key: value for key, value in settings.items() if key == algorithm or key not in ALGORITHMS}
     flat = {}
     for key, value in settings.items():
         flat |= value if isinstance(value, dict) else {key: value}

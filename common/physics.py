@@ -1,12 +1,16 @@
-"""Batched MuJoCo: many worlds of one model behind one interface, two engines.
+"""Batched MuJoCo: many worlds of one model behind one interface, three engines.
 
 `mujoco` is the C library's own thread pool (`mujoco.batch`, MuJoCo >= 3.17): float64 state on the CPU.
 `warp` is MuJoCo Warp: float32 state on `device`, every substep of every world in one captured CUDA graph on a GPU.
 Both show their state as torch tensors that share memory with the simulator, so writing one is setting the state.
+`mjx` is MuJoCo XLA: float32 state on `device`, all substeps in one compiled program, which reads the same torch tensors
+through DLPack without a copy; its arrays cannot be written to, so what it returns is copied into them.
 """
 
 import copy
+import os
 import warnings
+from pathlib import Path
 
 import mujoco
 import torch
@@ -16,7 +20,7 @@ from common.distributed import check_device
 STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
 MOCAP = ("mocap_pos", "mocap_quat")
 OUTPUTS = ("sensordata", "actuator_force")
-BACKENDS = ("auto", "mujoco", "warp")
+BACKENDS = ("auto", "mujoco", "warp", "mjx")
 # What `set_const` computes, all of it per world where masses or inertias are.
 DERIVED = ("body_subtreemass", "body_invweight0", "dof_invweight0", "actuator_acc0")
 
@@ -55,13 +59,16 @@ class BatchedMujoco:
         njmax: int | None = None,
     ):
         """`num_threads` (0: all cores) is for `mujoco`; `nconmax` contacts and `njmax` constraint rows per world are
-        `warp`'s buffer sizes (None: its own estimate). Raises ValueError for a backend that does not fit the device.
+        `warp`'s buffer sizes (None: its own estimate). Raises ValueError for a backend that does not fit the device,
+        and for a field that it holds once for all worlds.
         """
         self.model, self.num_envs = copy.copy(model), num_envs
         self.device, self.backend = resolve_backend(backend, device)
         self._state = STATE + MOCAP if model.nmocap else STATE
         if self.backend == "mujoco":
             self._init_mujoco(num_threads, per_world)
+        elif self.backend == "mjx":
+            self._init_mjx(per_world)
         else:
             self._init_warp(per_world, nconmax, njmax)
 
@@ -100,10 +107,60 @@ class BatchedMujoco:
         for field in self.fields.values():
             field.copy_(field[:1].clone().expand_as(field))
 
+    def _init_mjx(self, per_world: tuple[str, ...]):
+        jax, mjx = import_mjx(self.device)
+        self._jax, self._programs = jax, {}
+        where = jax.devices("cpu" if self.device.type == "cpu" else "cuda")[self.device.index or 0]
+        try:
+            self._m = mjx.put_model(self.model, device=where, impl="jax")
+            example = mjx.make_data(self.model, device=where, impl="jax")
+        except NotImplementedError as error:
+            raise ValueError(f"--backend mjx cannot run this model: {error}") from None
+        for name in per_world:
+            if not isinstance(getattr(self._m, name, None), jax.Array):
+                raise ValueError(f"--backend mjx holds {name} once for all worlds; use --backend warp or mujoco")
+        repeat = lambda x: jax.numpy.repeat(x[None], self.num_envs, axis=0)  # noqa: E731
+        self._d = jax.tree.map(repeat, example)
+        for name in self._state + OUTPUTS:
+            setattr(self, name, self._to_torch(getattr(self._d, name)).clone())
+        self.fields = {name: self._to_torch(repeat(getattr(self._m, name))).clone() for name in per_world}
+
+    def _to_torch(self, array) -> torch.Tensor:
+        return torch.from_dlpack(array)
+
+    def _run_mjx(self, advance: int):
+        """`advance` steps, or with 0 the outputs alone."""
+        jax, mjx = import_mjx(self.device)
+        if advance not in self._programs:
+            axes = jax.tree.map(lambda _: None, self._m).tree_replace(dict.fromkeys(self.fields, 0))
+
+            def substeps(m, d):
+                if not advance:
+                    return mjx.forward(m, d)
+                return jax.lax.scan(lambda d, _: (mjx.step(m, d), None), d, length=advance)[0]
+
+            def program(fields, state, d):
+                return jax.vmap(substeps, (axes, 0))(self._m.tree_replace(fields), d.replace(**state))
+
+            self._programs[advance] = jax.jit(program)
+        view = jax.dlpack.from_dlpack
+        fields = {name: view(field.contiguous()) for name, field in self.fields.items()}
+        state = {name: view(getattr(self, name)) for name in self._state}
+        result = jax.block_until_ready(self._programs[advance](fields, state, self._d))
+        if advance:  # the state of `forward` is the one that went in
+            for name in self._state:
+                getattr(self, name).copy_(self._to_torch(getattr(result, name)))
+        for name in OUTPUTS:
+            getattr(self, name).copy_(self._to_torch(getattr(result, name)))
+        self._d = result
+
     def step(self, nsubsteps: int = 1):
         """Advances every world by `nsubsteps` of `model.opt.timestep` seconds, in one call."""
         if self.backend == "mujoco":
             self._batch.step(None, nsubsteps)
+            return
+        if self.backend == "mjx":
+            self._run_mjx(nsubsteps)
             return
         with self._wp.ScopedDevice(str(self.device)):
             if self.device.type != "cuda":
@@ -120,6 +177,8 @@ class BatchedMujoco:
         """Brings the outputs up to the present state, as `mj_forward` does; the state is left as it is."""
         if self.backend == "mujoco":
             self._batch.forward()
+        elif self.backend == "mjx":
+            self._run_mjx(0)
         else:
             with self._wp.ScopedDevice(str(self.device)):
                 self._mjw.forward(self._m, self._d)
@@ -137,9 +196,13 @@ class BatchedMujoco:
             target.copy_(torch.where(mask[:, None], source.to(target.dtype), target))
 
     def set_const(self):
-        """Recomputes what MuJoCo derives from masses and inertias; call it after writing those in `fields`."""
+        """Recomputes what MuJoCo derives from masses and inertias; call it after writing those in `fields`, unless you
+        write what is derived as well. ValueError on `mjx`, which cannot.
+        """
         if self.backend == "mujoco":
             self._batch.set_const()
+        elif self.backend == "mjx":
+            raise ValueError("--backend mjx cannot derive what depends on masses; use --backend warp or mujoco")
         else:
             with self._wp.ScopedDevice(str(self.device)):
                 self._mjw.set_const(self._m, self._d)
@@ -156,5 +219,23 @@ class BatchedMujoco:
             getattr(self, name).copy_(state[name])
         for name, field in self.fields.items():
             field.copy_(state[f"fields.{name}"])
-        if {"body_mass", "body_inertia"} & self.fields.keys():
+        if {"body_mass", "body_inertia"} & self.fields.keys() and not set(DERIVED[:3]) <= self.fields.keys():
             self.set_const()
+
+
+def import_mjx(device: torch.device):
+    """JAX and MJX, set up for `device`: ValueError, with the command that installs them, where they are missing."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if device.type == "cpu" and "fusion_emitters" not in flags:
+        # Without it a step takes hundreds of times longer (jax issue 33761, mujoco issue 2957).
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes the memory that torch needs
+    try:
+        import jax
+        from mujoco import mjx
+    except ImportError:
+        raise ValueError("--backend mjx needs JAX: pip install mujoco-mjx jax (jax[cuda13] on a GPU)") from None
+    if jax.config.jax_compilation_cache_dir is None:  # compiling takes half a minute, reading it again a few seconds
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "real2sim" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    return jax, mjx

@@ -125,6 +125,19 @@ REASONS = {
         **dict.fromkeys(range(32, 37), "No recurrent network yet."),
         37: "Actions are continuous.",
     },
+    "ppo_real2sim_mjx.py": {
+        14: "The environment's part: episodes of random ages ({common/envs/real2sim.py|random_phase}).",
+        15: "The environment's part: four physics steps per action ({common/envs/real2sim.py|SUBSTEPS = 4}).",
+        16: "An arm has no lives: an object that falls off the table ends the episode.",
+        17: _NO_BUTTON,
+        18: _NO_IMAGES,
+        19: "Rewards are scaled by a running statistic (detail 30), which keeps their sizes apart.",
+        20: "No stack: `--observation full` has the velocities.",
+        21: _NO_IMAGES,
+        22: _NO_IMAGES,
+        **dict.fromkeys(range(32, 37), "No recurrent network."),
+        37: "Actions are continuous.",
+    },
     "ppo_aloha_cnn.py": {
         14: "The environment's part: episodes of random ages ({common/envs/aloha.py|random_phase}); objects lie anew.",
         15: "The environment's part: ten physics steps per action, and one picture "
@@ -193,6 +206,22 @@ NOTES = {
         24: "A parameter held between `--min-std` and 10, which starts at `--init-std`; the original starts at a "
         "standard deviation of 1 and has no limits.",
         26: "Of what the encoder gives, or of the state itself; ELU, and the widths of `--hidden`.",
+        27: "The environment clips a copy at the bounds of its space.",
+        28: _OBSERVATIONS,
+        30: "The statistic takes in the whole rollout, of all ranks, before its rewards are scaled; the original's "
+        "moves with every step.",
+    },
+    "ppo_real2sim_mjx.py": {
+        1: _RANKS,
+        4: _LEARNING_RATE,
+        5: _TIME_LIMIT,
+        7: _ADVANTAGES,
+        10: _VALUE_LOSS,
+        11: _GRADIENTS,
+        12: _STATISTICS,
+        24: "A parameter held between `--min-std` and 10, which starts at `--init-std`; the original starts at a "
+        "standard deviation of 1 and has no limits.",
+        26: "ELU, and the widths of `--hidden`; the original has tanh and 64, 64.",
         27: "The environment clips a copy at the bounds of its space.",
         28: _OBSERVATIONS,
         30: "The statistic takes in the whole rollout, of all ranks, before its rewards are scaled; the original's "

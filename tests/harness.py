@@ -55,6 +55,7 @@ class Script:
     task: str = ""  # name of its folder
     preset: str = ""
     finished: tuple = ()  # more flags of the run that the tests look at
+    loss: str = "losses/policy_loss"  # a metric of its log that every update has
     metrics: frozenset = frozenset()  # of its log, beside those that all have
     results: frozenset = frozenset()  # of an evaluation
     files: frozenset = frozenset()  # in the folder of evaluations, beside the JSON files
@@ -261,6 +262,36 @@ def stand_in(script: Script, replace=setattr):
     replace(distributed, "num_cores", lambda: 1)
 
 
+# For the scripts that learn from a replay buffer.
+OFF_POLICY = dict(device="cpu", ranks=1, hidden=(16, 16), num_envs=6, num_steps=8, num_iterations=2, total_timesteps=0)
+OFF_POLICY |= dict(batch_size=16, buffer_size=600, learning_starts=12, updates_per_step=2, policy_frequency=2)
+OFF_POLICY |= dict(log_interval=1, checkpoint_interval=1000, save_video=False)
+OFF_POLICY_SIZE = ("--batch-size", 32, "--learning-starts", 70, "--buffer-size", 2000, "--hidden", 16)
+OFF_POLICY_MISTAKES = (
+    ("--num-envs 9 --ranks 2", "--num-envs", "2 ranks"),
+    ("--batch-size 31 --num-envs 2 --ranks 2", "--batch-size", "2 ranks"),
+    ("--batch-size 0", "--batch-size", "above 0"),
+    ("--buffer-size 5 --num-envs 4 --n-step 3", "--buffer-size", "at least", "12"),
+    ("--tau 1.5", "--tau"),
+    ("--n-step 0", "--n-step", "above 0"),
+    ("--updates-per-step 0", "--updates-per-step"),
+    ("--v-min 100", "--v-min", "--v-max"),
+    ("--num-atoms 1", "--num-atoms"),
+    ("--observation rgb", "--observation", "no CNN"),
+    ("--objects absent.stl", "--objects", "absent.stl"),
+    ("--env-id CartPole-v1", "CartPole-v1", "continuous"),
+    ("--env-id Isaac-Cartpole-Direct", "--env-id", "Real2Sim-v0"),
+)
+# Tests of code in common/ that take long.
+ONCE = (
+    "test_torchrun",
+    "test_a_signal_finishes_the_iteration_and_saves",
+    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
+    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
+    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
+    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
+    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
+)
 SAME_CODE = "what does this is the same code of common/, tested with the other scripts"
 
 SCRIPTS = {
@@ -388,6 +419,88 @@ SCRIPTS = {
                 ),
                 SAME_CODE,
             ),
+        ),
+        Script(
+            name="ppo_real2sim_mjx",
+            tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, norm_reward=False)
+            | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
+            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            environment={"Real2SimEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            normalised={"norm_reward": True},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
+            flags=("--eval-episodes", 4, "--max-episode-steps", 10),
+            size=("--num-envs", 4, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 2),
+            num_envs=4,
+            batch=64,
+            task="Real2Sim-v0",
+            preset="laptop",
+            metrics=frozenset({"eval/success_rate"}),
+            results=frozenset({"success_rate", "success_once_rate", "goal_distance"}),
+            exact={"full": ["--observation", "full", "--norm-reward"]},
+            evaluate="common.envs.real2sim_eval.evaluate",
+            mistakes=(
+                ("--goal-height 2 3", "--goal-height"),
+                ("--observation rgb", "--observation", "no CNN"),
+                ("--min-std 2", "--min-std", "--init-std"),
+            ),
+            syntax_errors=(("--observation sideways", "compact"),),
+            without=dict.fromkeys(ONCE, SAME_CODE),
+        ),
+        Script(
+            name="sac_real2sim_mjx",
+            tiny=OFF_POLICY,
+            environment={"make": lambda args, num_envs, seed, **more: ScriptedEnv(num_envs, seed)},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
+            flags=("--env-id", "InvertedPendulum-v5", "--eval-episodes", 4),
+            size=("--num-envs", 4, "--num-steps", 16, *OFF_POLICY_SIZE),
+            length=lambda n: ["--total-timesteps", n * 64],
+            num_envs=4,
+            batch=64,
+            task="InvertedPendulum-v5",
+            preset="gymnasium",
+            finished=("--norm-obs", "--save-replay"),
+            loss="losses/qf_loss",
+            metrics=frozenset({"losses/actor_loss", "losses/alpha", "losses/entropy", "eval/mean_return"}),
+            results=frozenset({"mean_length"}),
+            exact={
+                "twin": ["--norm-obs", "--save-replay", "--n-step", 3],
+                "c51": ["--norm-obs", "--save-replay", "--distributional", "--buffer-size", 200],
+                "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
+            },
+            evaluate="common.envs.isaac_eval.evaluate",
+            mistakes=(
+                *OFF_POLICY_MISTAKES,
+                ("--alpha 0", "--alpha"),
+                ("--log-std-min 3", "--log-std-min", "--log-std-max"),
+            ),
+            syntax_errors=(("--activation gelu", "silu"), ("--preset big", "laptop")),
+            without=dict.fromkeys(ONCE, SAME_CODE),
+        ),
+        Script(
+            name="ddpg_real2sim_mjx",
+            tiny=OFF_POLICY,
+            environment={"make": lambda args, num_envs, seed, **more: ScriptedEnv(num_envs, seed)},
+            sources=("common/*.py", "common/envs/real2sim*.py"),
+            flags=("--env-id", "InvertedPendulum-v5", "--eval-episodes", 4),
+            size=("--num-envs", 4, "--num-steps", 16, *OFF_POLICY_SIZE),
+            length=lambda n: ["--total-timesteps", n * 64],
+            num_envs=4,
+            batch=64,
+            task="InvertedPendulum-v5",
+            preset="gymnasium",
+            finished=("--norm-obs", "--save-replay"),
+            loss="losses/qf_loss",
+            metrics=frozenset({"losses/actor_loss", "eval/mean_return"}),
+            results=frozenset({"mean_length"}),
+            exact={
+                "twin": ["--norm-obs", "--save-replay", "--n-step", 3],
+                "c51": ["--norm-obs", "--save-replay", "--distributional", "--buffer-size", 200],
+                "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
+            },
+            evaluate="common.envs.isaac_eval.evaluate",
+            mistakes=(*OFF_POLICY_MISTAKES, ("--noise-min 2", "--noise-min", "--noise-max")),
+            syntax_errors=(("--activation gelu", "silu"), ("--preset big", "laptop")),
+            without=dict.fromkeys(ONCE, SAME_CODE),
         ),
         Script(
             name="ppo_gr00t",

@@ -54,12 +54,12 @@ def tiny(script: Script, iterations: int) -> list:
 def learned(script: Script, path: Path) -> dict:
     """All of a checkpoint that a resumed run must reach again."""
     state = checkpoint.load(path, script.name)
-    found = {key: state[key] for key in ("agent", "optimizer", "global_step", "iteration")}
-    for rank in state["ranks"]:
+    found = {key: value for key, value in state.items() if key not in ("script", "args", "elapsed")}
+    for rank in found["ranks"]:
         rank["rng"] = rank["rng"]["torch"]
         for env in rank["envs"].get("envs", ()):
             del env["attributes"]["_np_random_seed"]  # Gymnasium's note of the first seed, which nothing reads
-    return found | {"ranks": state["ranks"]}
+    return found
 
 
 def finish(process, code=0, timeout=300):

@@ -199,6 +199,20 @@ def test_sections_and_names_of_other_programs(tmp_path):
     assert (args.learning_rate, args.wandb_entity, args.clip_coef, args.ent_coef) == (2e-4, "", 0.3, 0.1)
 
 
+def test_a_section_of_another_algorithm_is_left_out(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("num_envs: 6\nsac:\n  learning_rate: 2e-4\n  tau: 0.1\nppo:\n  learning_rate: 3e-4\n")
+
+    @dataclass
+    class Ppo(Args):
+        exp_name: str = "ppo_something"
+
+    args = cli.parse_args(Ppo, argv=["--config", str(config)])
+    assert (args.num_envs, args.learning_rate) == (6, 3e-4)
+    with pytest.raises(SystemExit):  # of a script of no such algorithm every section is read, and tau is unknown
+        cli.parse_args(Args, argv=["--config", str(config)])
+
+
 def length(*argv, **kwargs):
     args = parse(*argv, **kwargs)
     return args.num_iterations, args.total_timesteps

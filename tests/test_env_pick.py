@@ -434,7 +434,12 @@ def test_state_observation():
     assert 0 < third.sum() < 50 and torch.equal(obs[:, 38] > 0, third)
     assert not obs[~third, 34:37].any()
     torch.testing.assert_close(obs[:, 39:41], env.pads[:, 0] - env.cubes[:, 0, :2])
-    assert torch.equal(obs[:, 45:].argmax(1), env.instruction) and (obs[:, 45:].sum(1) == 1).all()
+    names = list(pick.COLOURS)
+    for sentence, (put, *words) in zip(env.instructions, obs[:, 45:].tolist(), strict=True):
+        cube, pad = words[:4], words[4:]
+        assert sum(cube) == 1 and sum(pad) == put
+        expected = f"the {names[cube.index(1)]} cube" + (f" on the {names[pad.index(1)]} pad" if put else "")
+        assert sentence in (f"put {expected}", f"pick up {expected}")
 
 
 def test_pictures(cameras):
@@ -473,6 +478,26 @@ def test_a_picture_shows_the_colour_of_the_cube(cameras):
 def test_what_is_not_observed_is_not_computed():
     env = make(1)
     assert env.renderer is None and make(1, difficulty=0.0).model.nq == 9 + 7
+
+
+def test_without_asking_which_episodes_ended(cameras):
+    """What a GPU computes: all worlds of everything. Until an episode begins anew it is the same to the bit."""
+    asks, does_not = (make(6, observation="images", max_episode_steps=20) for _ in range(2))
+    does_not._asks = False
+    state = asks.state_dict()
+    does_not.load_state_dict(state)
+    for action in actions(2, asks):
+        asks.step(action), does_not.step(action)
+    asks.episode_length[:3] -= 8  # the others end in the middle of this chunk
+    does_not.episode_length[:3] -= 8
+    action = actions(1, asks, seed=2)[0]
+    (obs, *rest, info), (other_obs, *other_rest, other_info) = asks.step(action), does_not.step(action)
+    assert rest[2].tolist() == [False] * 3 + [True] * 3
+    assert all(torch.equal(a, b) for a, b in zip(rest, other_rest, strict=True))
+    for name, value in info["final_obs"].items():
+        assert torch.equal(value, other_info["final_obs"][name])
+        assert torch.equal(obs[name][:3], other_obs[name][:3])
+    assert (does_not.tcp[3:] - does_not.target[3:, :3]).abs().max() < 1e-6 and not does_not.episode_length[3:].any()
 
 
 # --- the expert

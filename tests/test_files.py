@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.files import atomic, tolerant, write_json, write_text
-from tests.full_disk import fill, small_disk
+from full_disk import fill, small_disk
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

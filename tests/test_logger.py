@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from common import logger
-from tests.full_disk import fill, small_disk
+from full_disk import fill, small_disk
 
 
 @dataclass
@@ -87,13 +87,13 @@ def test_tracking_offline(tmp_path):
     code = """
 import sys
 from common.logger import Logger
-from tests.test_logger import Args, METRICS
+from test_logger import Args, METRICS
 log = Logger(sys.argv[1], Args(track=True), total=10)
 log.log(METRICS, 1)
 log.close()
 """
     root = os.path.dirname(os.path.dirname(__file__))
-    env = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": root}
+    env = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": f"{root}{os.pathsep}{root}/tests"}
     run = subprocess.run([sys.executable, "-c", code, tmp_path], env=env, cwd=root, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and set(scalars(tmp_path)) == set(METRICS)

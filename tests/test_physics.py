@@ -1,4 +1,4 @@
-"""common/physics.py: both engines against plain `mj_step`, against each other, and through the Go2 environment.
+"""common/physics.py: the engines against plain `mj_step`, against each other, and through the Go2 environment.
 
 Warp compiles its kernels the first time it meets them on a machine, which takes up to a minute on a CPU; so every test
 that uses it is in this file, with the same sizes, and none of them looks at the clock.
@@ -204,7 +204,7 @@ def test_a_world_that_is_not_finite(model, backend, bad):
 @pytest.mark.parametrize(
     ("backend", "device", "word"),
     (
-        ("mjx", "cpu", "--backend"),
+        ("brax", "cpu", "--backend"),
         ("mujoco", "cuda", "--"),
         ("auto", "gpu", "--device"),
         ("auto", "mps", "--device"),
@@ -315,3 +315,43 @@ def test_environment_on_warp_recovers_and_resumes(config):
     other.reset()
     other.load_state_dict(state)
     assert all(torch.equal(other.step(zeros)[0], obs) for obs in expected)
+
+
+# --- MJX, on a model that compiles in seconds
+
+PENDULUM = """<mujoco><option timestep="0.005"/>
+<worldbody><body name="ball" pos="0 0 1"><freejoint/><geom name="ball" size=".1"/></body>
+<body><joint name="hinge" axis="0 1 0" damping="0.1"/><geom size=".05" pos="0 0 -.5" contype="0" conaffinity="0"/></body>
+<geom type="plane" size="1 1 1"/></worldbody><actuator><motor joint="hinge"/></actuator>
+<sensor><jointvel joint="hinge"/></sensor></mujoco>"""
+
+
+def test_mjx_is_the_same_interface():
+    pytest.importorskip("jax")
+    model = mujoco.MjModel.from_xml_string(PENDULUM)
+    ours = BatchedMujoco(model, N, backend="mujoco", per_world=("dof_damping",))
+    mjx = BatchedMujoco(model, N, backend="mjx", per_world=("dof_damping",))
+    live = mjx.qpos
+    for physics in (ours, mjx):
+        physics.fields["dof_damping"][1] *= 5
+        physics.qvel[:, 6] = torch.tensor([0.0, 2.0, 2.0])
+        for step in range(12):
+            physics.ctrl[:] = 0.1 * step
+            physics.step(2)
+        physics.forward()
+    assert mjx.qpos is live and mjx.qpos.dtype == torch.float32
+    for name in (*STATE[:2], "sensordata", "actuator_force"):
+        torch.testing.assert_close(getattr(mjx, name).double(), getattr(ours, name), rtol=0, atol=2e-4)
+    assert (mjx.qpos[1, 7] - mjx.qpos[2, 7]).abs() > 1e-2  # damped more
+    state = mjx.state_dict()
+    mjx.step(2)
+    expected = mjx.qpos.clone()
+    mjx.reset(torch.tensor([True, False, False]), torch.zeros(N, 8), torch.zeros(N, 7))
+    assert mjx.qpos[0].abs().sum() == 0 and torch.equal(mjx.qpos[1:], expected[1:])
+    mjx.load_state_dict(state)
+    mjx.step(2)
+    torch.testing.assert_close(mjx.qpos, expected)
+    with pytest.raises(ValueError, match="mjx cannot derive what depends on masses"):
+        mjx.set_const()
+    with pytest.raises(ValueError, match="mjx holds geom_dataid once for all worlds"):
+        BatchedMujoco(model, N, backend="mjx", per_world=("geom_dataid",))

@@ -1,5 +1,8 @@
 """What ppo_aloha_cnn.py has of its own: the warm start, the cloning term, the privileged critic, evaluation."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +12,9 @@ from gymnasium.spaces import Box, Dict
 from harness import ALOHA, SCRIPTS, ScriptedEnv, SilentLogger, kept, shaken, unshuffled
 
 from common import checkpoint
+from common.dagger import Replay, pose_loss, shifted
 from common.envs import aloha_eval
 from common.envs.aloha import AlohaConfig
-from common.replay import Replay, shifted
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def warm_start(script, monkeypatch):
         monkeypatch.setattr(agent, "sample", lambda dist: (drawn.append(dist), sample(dist))[1])
         before = {name: p.clone() for name, p in agent.named_parameters()}
         obs, _ = envs.reset()
-        obs, done = script.ppo.clone_expert(agent, args, envs, expert, optimizer, learning_rate, obs, interrupt)
+        obs, done = script.ppo.dagger.clone_expert(agent, args, envs, expert, optimizer, learning_rate, obs, interrupt)
         assert torch.equal(obs, envs.obs) and learning_rate == args.learning_rate
         return SimpleNamespace(agent=agent, before=before, drawn=drawn, stored=stored, done=done)
 
@@ -88,10 +91,10 @@ def test_an_interrupt_ends_the_warm_start(warm_start):
 
 
 def test_the_warm_start_is_saved_and_not_repeated_by_a_resumed_run(script, run_main, monkeypatch):
-    calls, clone = [], script.ppo.clone_expert
+    calls, clone = [], script.ppo.dagger.clone_expert
     monkeypatch.setattr(script.ppo, "AlohaEnv", lambda num_envs, device, seed, **settings: Env(num_envs, seed))
     monkeypatch.setattr(script.ppo, "Expert", lambda cfg, device: expert)
-    monkeypatch.setattr(script.ppo, "clone_expert", lambda *args: (calls.append(1), clone(*args))[1])
+    monkeypatch.setattr(script.ppo.dagger, "clone_expert", lambda *args: (calls.append(1), clone(*args))[1])
     state = run_main(bc_init=True, bc_minutes=0.001)
     folder = state["args"]["log_dir"]
     warm = checkpoint.load(f"{folder}/checkpoints/model_0.pt", script.name)
@@ -214,6 +217,40 @@ def test_pictures_alone_and_grey_ones(script):
     assert not torch.allclose(agent(pixels), agent(255 - pixels), atol=5e-3)
 
 
+def test_the_warm_start_may_teach_the_encoder_where_the_objects_are(script):
+    envs = SimpleNamespace(single_observation_space=PRIVILEGED, single_action_space=Box(-1, 1, (3,)), pose_dim=2)
+    agent = script.ppo.Agent(envs, script.args(pose_coef=0.5))
+    obs = observations(64)
+    agent.update_stats(obs)
+    target = agent.critic[0](obs["state"])[:, -2:]
+    loss = pose_loss(agent, agent.embed(agent.normalise(obs)), obs["state"])
+    assert loss == (agent.pose(agent.embed(agent.normalise(obs))) - target).abs().mean()
+    encoder = torch.autograd.grad(loss, list(agent.encoder.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in encoder)
+    assert script.ppo.Agent(envs, script.args()).pose is None
+
+
+@torch.no_grad()
+def test_layers_are_normalised(script):
+    x = 5 + 3 * torch.randn(8, 100)
+    expected = torch.nn.functional.layer_norm(x, (100,)).relu()
+    torch.testing.assert_close(script.ppo.NormReLU()(x), expected)
+    kinds = [type(module) for module in agent_for(script, ALOHA, layer_norm=True, hidden=(8, 9)).modules()]
+    assert kinds.count(script.ppo.NormReLU) == 1 + 2 + 2  # the embedding, actor and critic
+
+
+@torch.no_grad()
+def test_training_may_be_in_bfloat16_and_what_is_deployed_is_not(script):
+    obs = observations(4, ALOHA)
+    exact = agent_for(script, ALOHA, precision="float32")
+    rough = agent_for(script, ALOHA, precision="bfloat16")
+    rough.load_state_dict(exact.state_dict())
+    assert torch.equal(rough(obs), exact(obs))
+    mean = rough.get_dist(rough.normalise(obs))
+    assert mean.dtype == torch.float32 and not torch.equal(mean, exact(obs))
+    torch.testing.assert_close(mean, exact(obs), atol=0.02, rtol=0.02)
+
+
 def test_the_documents_network_is_that_of_nature_with_two_heads(script):
     preset = {name: value for name, value in script.ppo.PRESETS["document"].items() if name in ("hidden", "embedding")}
     envs = SimpleNamespace(single_observation_space=Box(0, 255, (84, 84, 3), np.uint8))
@@ -223,6 +260,19 @@ def test_the_documents_network_is_that_of_nature_with_two_heads(script):
     heads = [(256, 512), (256, 256)]
     convolutions = [(32, 3, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 64 * 7 * 7)]
     assert shapes == [*convolutions, *heads, (1, 256), *heads, (14, 256)]
+
+
+# --- the command line
+
+
+def test_the_task_is_that_of_the_flag(tmp_path):
+    flags = "--env-id AlohaTransferCube-v0 --obs-type state --num-envs 2 --num-steps 2 --num-minibatches 1 --device cpu"
+    flags += " --ranks 1 --num-iterations 1 --episode-steps 2 --eval-episodes 1 --no-save-video"
+    command = [sys.executable, "ppo_aloha_cnn.py", *flags.split(), "--log-dir", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, capture_output=True)
+    state = checkpoint.load(tmp_path / "run", "ppo_aloha_cnn")
+    assert state["args"]["task"] == "transfer_cube"
+    assert state["ranks"][0]["envs"]["physics"]["qpos"].shape == (2, 16 + 7)  # one object
 
 
 # --- evaluation

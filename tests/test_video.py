@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common import video
-from tests.full_disk import small_disk
+from full_disk import small_disk
 
 XML = """
 <mujoco>

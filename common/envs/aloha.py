@@ -207,7 +207,8 @@ class AlohaEnv(VectorEnv):
 
         N, pixels = num_envs, (cfg.image_height, cfg.image_width, 3 * cfg.frame_stack)
         agent_pos = 14 if cfg.action_mode == "absolute" else 28
-        self._state_dim = agent_pos + 14 + 7 * len(ranges)
+        self.pose_dim = 7 * len(ranges)  # of the objects, last in the state
+        self._state_dim = agent_pos + 14 + self.pose_dim
         box = gym.spaces.Box
         spaces = {
             "pixels": box(0, 255, pixels, "uint8"),

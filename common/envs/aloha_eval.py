@@ -17,7 +17,7 @@ Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> ac
 SEED = 10_000  # of evaluations, far from those of training
 FILM_SIZE = 360  # pixels a side of each of the two pictures
 FILM_DETAIL = 0.003  # m, what of the meshes is finer than this is not drawn
-MOST_ENVS = {"fast": 64, "gym-aloha": 8}  # environments at once
+MOST_ENVS = {"fast": 64, "gym-aloha": 2}  # environments at once; the package draws long for those that wait, too
 
 
 def plain(cfg: AlohaConfig) -> dict:
@@ -26,19 +26,22 @@ def plain(cfg: AlohaConfig) -> dict:
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, cfg: AlohaConfig, device, episodes: int, backend: str = "fast", seed: int = SEED) -> dict:
+def evaluate(
+    policy: Policy, cfg: AlohaConfig, device, episodes: int, backend: str = "fast", seed: int = SEED, start_states=None
+) -> dict:
     """Success, levels, return and length of `policy` in at least `episodes` fresh episodes, whatever `cfg.reward` is.
 
     `success_rate` is the share that reached level 4, with Wilson's 95% interval; `highest_level` how many episodes had
     0, 1, ... 4 as their highest level; `mean_return` the sum of the package's rewards. `backend` gym-aloha steps and
     draws by the package itself, on the CPU. Every world counts with one episode a round, so that short ones do not
-    count more.
+    count more. `start_states`, as of `AlohaEnv`, takes the place of fresh starts.
     """
     num_envs = min(episodes, MOST_ENVS[backend])
     settings = plain(cfg) | {"env_backend": backend, "reward": "sparse", "critic": "pixels"}
     if backend == "gym-aloha":
         settings |= {"backend": "mujoco"}
     envs = AlohaEnv(num_envs, "cpu" if backend == "gym-aloha" else device, seed, **settings)
+    envs.start_states = start_states
     found = []
     while len(found) * num_envs < episodes:
         obs, _ = envs.reset()

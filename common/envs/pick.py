@@ -33,7 +33,8 @@ NULL_GAIN = 0.1  # share of the way to HOME that the elbow goes in a control ste
 
 CUBE = 0.04  # m, an edge
 CUBE_MASS = 0.05  # kg
-PAD = 0.09  # m, an edge
+TIPS, TIP_RADIUS = ((-0.006, 0.037), (0.006, 0.0455)), 0.008  # m in the finger's x and z, where it meets the cubes
+GRIP_FRICTION, TABLE_FRICTION = 1.0, 0.5
 COLOURS = {
     "red": (0.85, 0.12, 0.10),
     "green": (0.12, 0.65, 0.20),
@@ -50,7 +51,7 @@ AWAY = (0.5, 3.0)  # m, x and y of what is not in the scene, out of sight
 
 LIFTED = 0.05  # m above the table: picked up
 NEAR = 0.03  # m between hand and cube: held
-ON_PAD = 0.03  # m, the furthest in x and y that a cube on a pad is from its middle
+ON_PAD = 0.03  # m, the furthest in x and y that a cube on a pad is from its middle; half an edge is .045
 LET_GO = 0.008  # m by which the gripper is wider than the cube that it has let go
 STILL = 0.05  # m/s
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
@@ -105,25 +106,28 @@ def build_model(cfg: PickConfig, visual: bool = False) -> mujoco.MjModel:
     spec.camera("wrist").fovy = 65  # from its start the hand sees the cube of an easy episode wherever it lies
     for body in spec.body("link0").find_all("body"):
         body.gravcomp = 1
-    # Each pad meets the cubes in two points, diagonally, so that they hold a cube upright and turn it to the hand.
+    # Each finger meets a cube in two points, diagonally, so that a grip holds it upright and turns it to the hand.
     tips = []
     for finger in ("left_finger", "right_finger"):
-        for x, z in ((-0.006, 0.037), (0.006, 0.0455)):
+        for x, z in TIPS:
             tips.append(f"{finger}_tip{len(tips)}")
-            tip = spec.body(finger).add_geom(name=tips[-1], type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(0.008, 0, 0))
-            tip.pos, tip.contype, tip.conaffinity, tip.group = (x, 0.008, z), 0, 0, 4
-    cubes = [f"cube{i}" for i in range(num_cubes(cfg))]
-    for i, name in enumerate(cubes):
+            tip = spec.body(finger).add_geom(name=tips[-1], type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=(x, TIP_RADIUS, z))
+            tip.size[0], tip.group = TIP_RADIUS, 4
+            tip.contype = tip.conaffinity = 0
+    friction = dict.fromkeys(tips, GRIP_FRICTION) | {"table": TABLE_FRICTION}  # of a cube, by what it touches
+    for i in range(num_cubes(cfg)):
+        name = f"cube{i}"
         body = spec.worldbody.add_body(name=name, pos=(*AWAY, CUBE / 2))
         body.add_freejoint(name=name)
         body.explicitinertial, body.mass, body.ipos = True, CUBE_MASS, (0, 0, 0)
         body.inertia = [CUBE_MASS * CUBE**2 / 6] * 3
         geom = body.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=[CUBE / 2] * 3)
         geom.contype = geom.conaffinity = 0
-        for other, friction in (*((tip, 1.0) for tip in tips), *((other, 0.5) for other in ("table", *cubes[:i]))):
+        for other, coefficient in friction.items():
             pair = spec.add_pair(geomname1=other, geomname2=name, condim=3)
-            pair.friction[:2] = friction
+            pair.friction[:2] = coefficient
             pair.solref[0] = 2 * option.timestep  # s, the stiffest that is stable
+        friction[name] = TABLE_FRICTION
     return spec.compile()
 
 
@@ -192,6 +196,8 @@ class PickEnv(VectorEnv):
         self.cfg = cfg = replace(PickConfig(**{name: getattr(cfg, name) for name in ENV_SETTINGS}), **config)
         _check(cfg, num_envs)
         self.device, backend = resolve_backend(cfg.backend, device)
+        # Asking which episodes ended saves a CPU the work for the others; on a GPU the question would stall the queue.
+        self._asks = self.device.type != "cuda"
         self.num_envs, self.num_cubes = num_envs, num_cubes(cfg)
         self.model = build_model(cfg)
         self.physics = BatchedMujoco(self.model, num_envs, device, backend, physics_threads, nconmax=32, njmax=96)
@@ -205,6 +211,9 @@ class PickEnv(VectorEnv):
         nothing = torch.full_like(colours, -1)
         self._cube_of = torch.cat((colours, colours.repeat_interleave(len(COLOURS))))  # colour, by instruction
         self._pad_of = torch.cat((nothing, colours.repeat(len(COLOURS))))
+        # One-hot, by instruction: the cube's colour, then the pad's, of which there may be none.
+        words = (self._cube_of[:, None] == colours, self._pad_of[:, None] == colours)
+        self._words = torch.cat(words, 1).float()
 
         self.renderer = None
         if cfg.observation == "images":
@@ -299,8 +308,7 @@ class PickEnv(VectorEnv):
             terminated = success | failed
             truncated = truncated | ((self.episode_length >= self.cfg.max_episode_steps) & ~terminated)
             ended = running & (terminated | truncated)
-            # Asking whether any episode ended saves the CPU work; on a GPU the question would stall the queue.
-            if k < chunk - 1 and (self.device.type == "cuda" or bool(ended.any())):
+            if k < chunk - 1 and (not self._asks or bool(ended.any())):
                 state = self._copy_state()
                 stop_state = state if stop_state is None else _where(ended, state, stop_state)
                 stopped = stopped | ended
@@ -315,7 +323,7 @@ class PickEnv(VectorEnv):
         info = {"final_obs": final_obs, "_final_obs": done, "_episode": done, "nan_resets": self.nan_resets}
         info["episode"] = {"r": self.returns, "l": self.episode_length - self.phase, "success": success.float()}
         info["episode"] |= {"grasped": self.grasped_once.float(), "wrong_cube": self.wrong_cube.float()}
-        if self.device.type == "cuda" or bool(done.any()):
+        if not self._asks or bool(done.any()):
             self._reset(done)
             obs = _where(done, self._observe(done, final_obs), final_obs)
         return obs, total, terminated, truncated, info
@@ -438,12 +446,12 @@ class PickEnv(VectorEnv):
         parts = [self.proprioception(), self.target[:, :3] - tcp, self.cubes[:, 0]]
         parts += [torch.sin(turned)[:, None], torch.cos(turned)[:, None], cubes.reshape(N, -1), there[:, 1:, 0]]
         parts += [pad_offset.reshape(N, -1), pads[..., 0]]
-        parts += [torch.nn.functional.one_hot(self.instruction, len(INSTRUCTIONS)).float()]
+        parts += [self.put[:, None].float(), self._words[self.instruction]]
         return torch.cat(parts, 1)
 
     def _pictures(self, mask: torch.Tensor | None, old: dict | None) -> dict[str, torch.Tensor]:
         """uint8 (num_envs, image_size, image_size, 3) by camera."""
-        drawn = None if mask is None or self.device.type == "cuda" else mask
+        drawn = mask if self._asks else None
         qpos = self.physics.qpos.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_POSITION, MAX_POSITION)
         pictures = self.renderer.render(qpos, drawn)
         obs = {}
@@ -500,9 +508,7 @@ class PickEnv(VectorEnv):
 
     def _reset(self, mask: torch.Tensor):
         """Begins an episode where `mask`: instruction, colours and places at random, as far as the difficulty says."""
-        # Only for those who need it; which they are, a GPU cannot say without stalling the queue.
-        everyone = torch.arange(self.num_envs, device=self.device)
-        rows = everyone if self.device.type == "cuda" else mask.nonzero()[:, 0]
+        rows = mask.nonzero()[:, 0] if self._asks else torch.arange(self.num_envs, device=self.device)
         K, difficulty = len(rows), self.cfg.difficulty
         draw = lambda *shape: torch.rand(shape, generator=self.generator, device=self.device)  # noqa: E731
         full = draw(K, 1) < difficulty  # a scene with several cubes and pads
@@ -570,6 +576,6 @@ class PickEnv(VectorEnv):
 
 
 PROPRIO_DIM = 20
-STATE_DIM = PROPRIO_DIM + 3 + 3 + 2 + 4 * MOST_CUBES - 1 + 3 * PADS + len(INSTRUCTIONS)
+STATE_DIM = PROPRIO_DIM + 3 + 3 + 2 + 4 * MOST_CUBES - 1 + 3 * PADS + 1 + 2 * len(COLOURS)
 
 gym.register("Pick-v0", vector_entry_point="common.envs.pick:PickEnv")

@@ -16,8 +16,9 @@ FUNNEL, RIM = 3.0, 0.008  # the hand is FUNNEL times as high above the cube as i
 AT = 0.01  # m between hand and cube, at which the gripper closes
 SKEW = 0.12  # rad, the most that the hand is turned against the cube when it goes down
 LIFT = 0.12  # m, where the hand goes with a cube that was to be picked up
-CARRY = 0.09  # m, where it goes over the table with one that is to be put down
-DOWN = CUBE / 2 + 0.003  # m, the height of the cube at which it is let go
+CARRY = 0.11  # m, where it goes over the table with one that is to be put down
+DOWN, LOW = CUBE / 2, CUBE / 2 + 0.01  # m, the height that a cube is lowered to, and from which it may be let go
+SLOPE, ROOM = 2.0, 0.02  # the same funnel, over the pad
 FOLLOW = 0.6  # share of its way to the target that the hand goes in a control step
 
 
@@ -58,15 +59,16 @@ class Expert:
         # With the cube: up, and over the pad down a funnel.
         to_pad = pad - cube[:, :2]
         off = to_pad.norm(dim=1)
-        height = (DOWN + FUNNEL * (off - RIM).clamp(min=0)).clamp(max=CARRY)
-        free = (cube[:, 2] > CARRY - 0.025) | (off < 2 * RIM)
-        sideways = torch.where(free[:, None], tcp[:, :2] + to_pad, tcp[:, :2])
+        height = (DOWN + SLOPE * (off - ROOM).clamp(min=0)).clamp(max=CARRY)
+        # Sideways only as far as it is high enough.
+        risen = ((cube[:, 2] - height + 0.05) / 0.02).clamp(0, 1)
+        sideways = tcp[:, :2] + risen[:, None] * to_pad
         carry = torch.cat((sideways, (height + tcp[:, 2] - cube[:, 2])[:, None]), 1)
         lift = torch.cat((cube[:, :2], torch.full_like(off, LIFT)[:, None]), 1)
         with_cube = torch.where(put[:, None], carry, lift)
 
         # The cube lies where it should: open, and up.
-        arrived = put & ((cube[:, :2] - pad).abs().amax(1) < 0.6 * ON_PAD) & (cube[:, 2] < DOWN + 0.004)
+        arrived = put & ((cube[:, :2] - pad).abs().amax(1) < 0.7 * ON_PAD) & (cube[:, 2] < LOW)
         leave = torch.cat((tcp[:, :2], torch.full_like(off, CARRY)[:, None]), 1)
         leave = torch.where((state["width"] > CUBE + 0.01)[:, None], leave, state["target"])
 
