@@ -35,15 +35,21 @@ from common.provenance import run_info
 from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, take, to, zeros_like
 
 SCRIPT = "ppo_gr00t"
-TUNE = {"lora": ["lora"], "projector": ["projector"], "head": ["projector", "dit", "adapter"]}
+TUNE = {"lora": ["lora"], "projector": ["projector"], "dit": ["dit"], "head": ["projector", "dit", "adapter"]}
 TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, num_envs=32, num_steps=8, num_iterations=90, demos=250, bc_steps=400)
-    | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, log_interval=1, eval_interval=25),
+    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
+    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.6, noise_correlation=0.8)
+    | dict(reward="dense", gamma=0.92, learning_rate=5e-5, critic_learning_rate=2e-3, critic_iterations=2)
+    | dict(clip_vloss=False, log_interval=1, eval_interval=10),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
     | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
     | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
+    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
+    | dict(policy="gaussian-residual", demos=300, bc_steps=400, residual_std=0.15, reward="dense", gamma=0.92)
+    | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
+    | dict(log_interval=1, eval_interval=10),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
     | dict(micro_batch_size=32, chunk_size=32),
@@ -53,7 +59,8 @@ PRESETS = {
 @dataclass
 class Args(cli.RunArgs, PickConfig):
     preset: Literal["auto", *PRESETS] = "auto"
-    """group of defaults; auto: mlp with --policy mlp or without GR00T's packages, gpu on a GPU, else laptop"""
+    """group of defaults; auto: mlp with --policy mlp or without GR00T's packages, gpu on a GPU, residual with --policy
+    gaussian-residual, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
     env_id: str = "Pick-v0"  # task: so far this one alone
     policy: Literal["gr00t", "gaussian-residual", "mlp"] = "gr00t"
@@ -63,10 +70,10 @@ class Args(cli.RunArgs, PickConfig):
     embodiment: str = "new_embodiment"  # the slot of the model that learns the robot, by name or number
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """what the network runs in (autocast) and frozen weights are kept in; what is trained, and all sums, in float32"""
-    tune: Literal["head", "lora", "projector", "all"] = "head"
-    """what PPO trains beside the critic: projector: encoders and decoder of state and action; head: also the DiT and
-    the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of the
-    language model and the vision model"""
+    tune: Literal[*TUNE] = "head"
+    """what PPO trains beside the critic: projector: encoders and decoder of state and action; dit: the DiT; head: both
+    and the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of
+    the language model and the vision model"""
     unfreeze_schedule: tuple[str, ...] = ()
     """in place of --tune: parts and the iterations at which they begin to learn, such as critic:0 lora:2 dit:50"""
     lora_rank: int = 16  # rank of the low-rank adapters
@@ -82,11 +89,11 @@ class Args(cli.RunArgs, PickConfig):
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
-    demo_noise: float = 0.3  # standard deviation of noise on what the expert does, but not on what is cloned
+    demo_noise: float = 0.0  # standard deviation of noise on what the expert does, but not on what is cloned
     bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
     bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
-    bc_tune: Literal["head", "lora", "projector", "all"] = "all"  # what the warm start trains
+    bc_tune: Literal[*TUNE] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_hidden: tuple[int, ...] = (128, 128)  # widths of GR00T's critic; at full size 2048 1024 512, which is 10M
     critic_learning_rate: float = 0.0  # its own step size, in an optimiser of its own (0: the policy's, in one)
@@ -587,7 +594,7 @@ def default_preset(args: Args) -> str:
         print(f"{gr00t.missing()} is not installed, so --policy mlp is trained, without GR00T; {gr00t.INSTALL}")
         return "mlp"
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    return "gpu" if on_gpu else "laptop"
+    return "gpu" if on_gpu else "laptop" if args.policy == "gr00t" else "residual"
 
 
 def check_args(args: Args):

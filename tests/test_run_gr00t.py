@@ -14,7 +14,7 @@ SIZE += ["--eval-episodes", 2, "--log-interval", 1, "--device", "cpu", *ALWAYS]
 WARM_START = ["--demos", 3, "--bc-steps", 2, "--bc-batch", 4, "--max-episode-steps", 64]
 # Parts begin to learn before, at and after the checkpoint that is resumed.
 STAGES = ["--unfreeze-schedule", "critic:0", "lora:1", "projector:2", "dit:3", "adapter:4", "llm:5"]
-POLICIES = {"one": [], "all": ["--sde-steps", "all", "--micro-batch-size", 2], "stages": STAGES}
+POLICIES = {"one": ["--sde-steps", "one"], "all": ["--sde-steps", "all", "--micro-batch-size", 2], "stages": STAGES}
 POLICIES |= {"residual": ["--policy", "gaussian-residual"]}
 
 
