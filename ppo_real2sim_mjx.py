@@ -4,7 +4,8 @@
     python ppo_real2sim_mjx.py --observation compact                # from 25 numbers, without the joints' state
     python ppo_real2sim_mjx.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 
-`sac_real2sim_mjx.py` and `ddpg_real2sim_mjx.py` learn the same task from a replay buffer.
+`sac_real2sim_mjx.py` and `ddpg_real2sim_mjx.py` learn the same task from a replay buffer. SAC has learned it; PPO grips
+but has not been seen to lift (docs/real2sim.md).
 
 Of the 37 details, those of Atari (14-22), LSTMs (32-36) and MultiDiscrete actions (37) have no place here;
 docs/details.md gives the reason for each.
