@@ -1,10 +1,10 @@
 """PPO teaches two ViperX arms a bimanual insertion, or to hand over a cube, from the pixels of gym-aloha.
 
-    python ppo_aloha_cnn.py --bc-init --bc-minutes 8                 # clones a scripted expert first, then PPO
+    python ppo_aloha_cnn.py --bc-init                                # clones a scripted expert first, then PPO
     python ppo_aloha_cnn.py --preset document --env-id AlohaTransferCube-v0
     python ppo_aloha_cnn.py --eval-only --model-path runs/.../checkpoints/final_model.pt --eval-backend gym-aloha
 
-What it reaches has not been measured yet. docs/aloha.md says why the document's own recipe cannot insert.
+docs/aloha.md says what it reached (benchmark/results/aloha.json), and why the document's own recipe cannot insert.
 """
 
 import math

@@ -40,13 +40,15 @@ def load_policy(path: Path) -> tuple[ppo.Agent, ppo.Args, dict]:
     return agent, args, state
 
 
-def measure(run_dir: Path, episodes: dict[str, int]) -> dict:
-    """Both policies of a run in `episodes` fresh episodes of each backend, and the curves of its training."""
+def measure(run_dir: Path, episodes: dict[str, int], before: dict) -> dict:
+    """Both policies of a run in `episodes` fresh episodes of each backend, and the curves of its training. Of a backend
+    with none, the result `before` stays.
+    """
     found = {}
     for stage, name in STAGES.items():
         path = run_dir / "checkpoints" / name
         agent, args, state = load_policy(path if path.exists() else checkpoint.latest(run_dir))
-        found[stage] = {}
+        found[stage] = dict(before.get(stage, {}))
         for backend, count in episodes.items():
             if not count or (backend == "gym-aloha" and stage != "PPO"):  # a step of the package's takes 80 ms
                 continue
@@ -112,7 +114,8 @@ def main():
             if not args.run:
                 log = run_dir.with_suffix(".log")
                 tools.finish(tools.start("ppo_aloha_cnn.py", command, log), log)
-            runs.setdefault(task, {})[str(seed)] = measure(run_dir, episodes)
+            seeds = runs.setdefault(task, {})
+            seeds[str(seed)] = measure(run_dir, episodes, seeds.get(str(seed), {}) if args.run else {})
             tools.write(args, "aloha", args.seeds, None, began, {"runs": runs})
             plot(runs, args.out / "aloha.png")
             if args.keep_policy:

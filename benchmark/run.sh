@@ -21,6 +21,7 @@ $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 $PY benchmark/real2sim_env_speed.py
 $PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
+$PY benchmark/real2sim_env_speed.py
 $PY benchmark/aloha_env_speed.py                                     # 18 min on a busy machine
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
 $PY benchmark/gr00t.py --seeds 1 2 3                                 # 3 seeds of two policies

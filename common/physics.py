@@ -57,10 +57,12 @@ class BatchedMujoco:
         per_world: tuple[str, ...] = (),
         nconmax: int | None = None,
         njmax: int | None = None,
+        mjx_impl: str = "jax",
     ):
         """`num_threads` (0: all cores) is for `mujoco`; `nconmax` contacts and `njmax` constraint rows per world are
-        `warp`'s buffer sizes (None: its own estimate). Raises ValueError for a backend that does not fit the device,
-        and for a field that it holds once for all worlds.
+        `warp`'s buffer sizes (None: its own estimate); `mjx_impl` is what MJX computes with: "jax", good for few
+        contacts of simple shapes, or "warp", whose kernels it then calls. Raises ValueError for a backend that does not
+        fit the device, and for a field that it holds once for all worlds.
         """
         self.model, self.num_envs = copy.copy(model), num_envs
         self.device, self.backend = resolve_backend(backend, device)
@@ -68,7 +70,7 @@ class BatchedMujoco:
         if self.backend == "mujoco":
             self._init_mujoco(num_threads, per_world)
         elif self.backend == "mjx":
-            self._init_mjx(per_world)
+            self._init_mjx(per_world, mjx_impl, nconmax, njmax)
         else:
             self._init_warp(per_world, nconmax, njmax)
 
@@ -107,20 +109,26 @@ class BatchedMujoco:
         for field in self.fields.values():
             field.copy_(field[:1].clone().expand_as(field))
 
-    def _init_mjx(self, per_world: tuple[str, ...]):
+    def _init_mjx(self, per_world: tuple[str, ...], impl: str, nconmax: int | None, njmax: int | None):
         jax, mjx = import_mjx(self.device)
-        self._jax, self._programs = jax, {}
+        self._programs = {}
+        if impl == "warp":
+            import warp
+
+            warp.config.log_level = warp.LOG_WARNING
+            self.model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_MIDPHASE)
         where = jax.devices("cpu" if self.device.type == "cpu" else "cuda")[self.device.index or 0]
         try:
-            self._m = mjx.put_model(self.model, device=where, impl="jax")
-            example = mjx.make_data(self.model, device=where, impl="jax")
+            self._m = mjx.put_model(self.model, device=where, impl=impl)
+            sizes = {"naconmax": self.num_envs * (nconmax or 64), "njmax": njmax or 256} if impl == "warp" else {}
+            example = mjx.make_data(self.model, device=where, impl=impl, **sizes)
         except NotImplementedError as error:
             raise ValueError(f"--backend mjx cannot run this model: {error}") from None
         for name in per_world:
             if not isinstance(getattr(self._m, name, None), jax.Array):
                 raise ValueError(f"--backend mjx holds {name} once for all worlds; use --backend warp or mujoco")
         repeat = lambda x: jax.numpy.repeat(x[None], self.num_envs, axis=0)  # noqa: E731
-        self._d = jax.tree.map(repeat, example)
+        self._d = jax.vmap(lambda _: example)(jax.numpy.arange(self.num_envs))
         for name in self._state + OUTPUTS:
             setattr(self, name, self._to_torch(getattr(self._d, name)).clone())
         self.fields = {name: self._to_torch(repeat(getattr(self._m, name))).clone() for name in per_world}

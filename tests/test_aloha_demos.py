@@ -7,7 +7,7 @@ from common.envs.aloha import AlohaConfig, AlohaEnv
 from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_expert import Expert
 
-CONFIG = AlohaConfig(obs_type="state", threads=1)
+CONFIG = AlohaConfig(obs_type="state", threads=1, episode_steps=20)
 
 
 @pytest.fixture(scope="module")

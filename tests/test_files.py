@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
+from full_disk import fill, small_disk
 
 from common.files import atomic, tolerant, write_json, write_text
-from full_disk import fill, small_disk
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
+from full_disk import fill, small_disk
 
 from common import logger
-from full_disk import fill, small_disk
 
 
 @dataclass

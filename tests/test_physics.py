@@ -321,7 +321,7 @@ def test_environment_on_warp_recovers_and_resumes(config):
 
 PENDULUM = """<mujoco><option timestep="0.005"/>
 <worldbody><body name="ball" pos="0 0 1"><freejoint/><geom name="ball" size=".1"/></body>
-<body><joint name="hinge" axis="0 1 0" damping="0.1"/><geom size=".05" pos="0 0 -.5" contype="0" conaffinity="0"/></body>
+<body><joint name="hinge" axis="0 1 0" damping=".1"/><geom size=".05" pos="0 0 -.5" contype="0" conaffinity="0"/></body>
 <geom type="plane" size="1 1 1"/></worldbody><actuator><motor joint="hinge"/></actuator>
 <sensor><jointvel joint="hinge"/></sensor></mujoco>"""
 

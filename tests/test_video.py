@@ -9,9 +9,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from full_disk import small_disk
 
 from common import video
-from full_disk import small_disk
 
 XML = """
 <mujoco>

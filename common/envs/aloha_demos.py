@@ -7,6 +7,8 @@ from common.envs.aloha import AlohaConfig, AlohaEnv
 from common.envs.aloha_eval import Policy, evaluate, plain
 from common.envs.aloha_expert import Expert
 
+DEMO_STEPS = 300  # control steps, far more than the expert takes, whatever the time limit of the training
+
 
 class Curriculum:
     """Starts in states of scripted demonstrations (Florensa et al. 2017; Salimans and Chen 2018): at most `frontier`
@@ -25,8 +27,8 @@ class Curriculum:
             training.num_envs, dtype=torch.long, device=device
         )  # steps before success of each one's start
         self.back_before = self.back
-        settings = plain(cfg) | {"obs_type": "state", "critic": "pixels", "env_backend": "fast"}
-        envs = AlohaEnv(self.DEMOS, device, seed, **settings)
+        settings = {"obs_type": "state", "critic": "pixels", "env_backend": "fast", "episode_steps": DEMO_STEPS}
+        envs = AlohaEnv(self.DEMOS, device, seed, **plain(cfg) | settings)
         expert = Expert(cfg, device)
         envs.reset()
         states, waiting = [], torch.ones(self.DEMOS, dtype=torch.bool, device=device)

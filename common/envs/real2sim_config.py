@@ -18,6 +18,8 @@ class Real2SimConfig:
 
     backend: Literal["auto", "mujoco", "warp", "mjx"] = "auto"
     """physics engine: C thread pool (mujoco), MuJoCo Warp, MJX (JAX), or auto: warp on CUDA, mujoco on a CPU"""
+    mjx_impl: Literal["auto", "jax", "warp"] = "auto"
+    """what MJX computes with; auto: JAX for the box, Warp's kernels for meshes, on which JAX is slow"""
     objects: tuple[str, ...] = ("box",)
     """scans (STL, OBJ, PLY), or box, mug, bunny, bottle, which need no file; each episode has one of them"""
     held_out: tuple[str, ...] = ()

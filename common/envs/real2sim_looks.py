@@ -28,6 +28,8 @@ class Looks:
 
     def __init__(self, cfg, num_envs: int, device: torch.device, backend: str, num_threads: int, camera: str = CAMERA):
         self.cfg, self.num_envs = cfg, num_envs
+        if backend == "mjx":  # which does not draw
+            backend = "warp" if device.type == "cuda" else "mujoco"
         variants = build(cfg, visual=True)
         model = variants.models[0]
         tables = variants.tables(SHAPE_FIELDS)
