@@ -51,7 +51,7 @@ def measure(run_dir: Path, episodes: int) -> dict:
         found["gain"] = found["after"]["success_rate"] - found["before"]["success_rate"]
     scalars = tools.read_scalars(run_dir)
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
-    other = {"log_dir", "config", "track", "model_path"}
+    other = {"log_dir", "config", "track", "model_path", "model", "resume"}  # where things lie is of no interest
     kept["settings"] = {name: value for name, value in state["args"].items() if name not in other}
     return found | {"summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
 
