@@ -65,23 +65,18 @@ def imports(path: Path) -> set[Path]:
     return {path for path in found if path.exists()}
 
 
-def modules(script: Path) -> set[Path]:
-    """What a script imports of common/, and what that imports in turn."""
-    found, new = set(), imports(script)
-    while new:
-        found |= new
-        new = set().union(*(imports(path) for path in new)) - found
-    return found
-
-
 def length(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
 def files(path: Path):
-    """Scripts on the left, common/ on the right, one colour per script."""
+    """Scripts on the left, common/ on the right, one colour per script. What most of them import needs no lines."""
     scripts = sorted(ROOT.glob("*.py"))
+    direct = {script: imports(script) for script in scripts}
+    users = {module: sum(module in found for found in direct.values()) for module in set().union(*direct.values())}
+    common = {module for module, count in users.items() if count > len(scripts) / 2}
     shared = [p for p in sorted(ROOT.glob("common/*.py")) if length(p)]
+    shared.sort(key=lambda module: module not in common)
     environments = [p for p in sorted(ROOT.glob("common/envs/*.py")) if length(p)]
     names, lengths = 5.6, 8.7  # the columns on the right
     place = {module: row + 1 for row, module in enumerate(shared)}
@@ -92,7 +87,8 @@ def files(path: Path):
         axes.text(names, y, heading, va="center", fontsize=9, weight="bold")
     axes.text(lengths, 0, "lines", va="center", ha="right", fontsize=8, color=GREY)
     for module, y in place.items():
-        axes.text(names, y, module.name, va="center", fontsize=9, family="monospace")
+        weight = "bold" if module in common else "normal"
+        axes.text(names, y, module.name, va="center", fontsize=9, family="monospace", weight=weight)
         axes.text(lengths, y, f"{length(module)}", va="center", ha="right", fontsize=8, color=GREY)
     for index, script in enumerate(scripts):
         colour = COLOURS[index % len(COLOURS)]
@@ -102,13 +98,12 @@ def files(path: Path):
         style = {"color": "white", "ha": "center", "va": "center"}
         axes.text(1.6, y - 0.3, script.name, fontsize=8, family="monospace", **style)
         axes.text(1.6, y + 0.35, f"{length(script)} lines", fontsize=8, **style)
-        direct = imports(script)
-        for module in modules(script):
+        for module in direct[script] - common:
             points = [(3.25, y), (4.6, y), (4.2, place[module]), (names - 0.1, place[module])]
             curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-            line = {"linestyle": "-" if module in direct else (0, (2, 2)), "linewidth": 1.2, "alpha": 0.8}
-            axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=colour, **line))
-    axes.text(0, bottom + 0.6, "dotted: by way of another module", fontsize=7.5, color=GREY, va="center")
+            axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=colour, linewidth=1.4))
+    note = "bold: imported by most scripts; without a line: by other modules"
+    axes.text(0, bottom + 0.6, note, fontsize=7.5, color=GREY, va="center")
     axes.set(xlim=(-0.1, lengths + 0.1), ylim=(bottom + 1, -0.6))
     axes.axis("off")
     figure.savefig(path, **PAPER)
