@@ -92,7 +92,7 @@ def test_a_policy_is_filmed_in_an_environment_of_its_own(tmp_path):
         pytest.skip("nothing can render here")
     args = ppo.Args(env_id=CARTPOLE, device="cpu", hidden=(8,))
     env = ppo.make(args, 2, 1)
-    ppo.film(ppo.Agent(env, args), args, tmp_path / "a.mp4")
+    ppo.record_video(ppo.Agent(env, args), args, tmp_path / "a.mp4")
     env.close()
     frames = imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4"))
     fps, pictures = next(frames)["fps"], [np.frombuffer(frame, np.uint8).astype(float) for frame in frames]
@@ -120,7 +120,7 @@ def test_training_balances_the_pole_far_better_than_random_actions(tmp_path):
     at_random = evaluate(lambda obs: torch.randn(len(obs), 1), env, 32, seed=777)
     env.close()
     # A perfect episode is 1000 steps of 0.05 s at a reward of 1 per second: 50. The pole is learnt late, then at once:
-    # seed 1 returned 31 after 50 iterations and 49.99 after 75; seed 2 26 after 100, 46.5 after 125, 49.8 after 150; seed
-    # 3 (episodes in training, actions sampled) 43 after 60, 48.4 after 70, 49.9 after 140.
+    # seed 1 returned 31 after 50 iterations and 49.99 after 75; seed 2 26 after 100, 46.5 after 125, 49.8 after 150;
+    # seed 3 (episodes in training, actions sampled) 43 after 60, 48.4 after 70, 49.9 after 140.
     assert trained["mean_return"] > 45
     assert at_random["mean_return"] < 25
