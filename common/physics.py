@@ -110,7 +110,7 @@ class BatchedMujoco:
             field.copy_(field[:1].clone().expand_as(field))
 
     def _init_mjx(self, per_world: tuple[str, ...], impl: str, nconmax: int | None, njmax: int | None):
-        jax, mjx = import_mjx(self.device)
+        self._jax, self._mjx = jax, mjx = import_mjx(self.device)
         self._programs = {}
         if impl == "warp":
             import warp
@@ -138,7 +138,7 @@ class BatchedMujoco:
 
     def _run_mjx(self, advance: int):
         """`advance` steps, or with 0 the outputs alone."""
-        jax, mjx = import_mjx(self.device)
+        jax, mjx = self._jax, self._mjx
         if advance not in self._programs:
             axes = jax.tree.map(lambda _: None, self._m).tree_replace(dict.fromkeys(self.fields, 0))
 
