@@ -130,11 +130,8 @@ class BatchedMujoco:
         repeat = lambda x: jax.numpy.repeat(x[None], self.num_envs, axis=0)  # noqa: E731
         self._d = jax.vmap(lambda _: example)(jax.numpy.arange(self.num_envs))
         for name in self._state + OUTPUTS:
-            setattr(self, name, self._to_torch(getattr(self._d, name)).clone())
-        self.fields = {name: self._to_torch(repeat(getattr(self._m, name))).clone() for name in per_world}
-
-    def _to_torch(self, array) -> torch.Tensor:
-        return torch.from_dlpack(array)
+            setattr(self, name, torch.from_dlpack(getattr(self._d, name)).clone())
+        self.fields = {name: torch.from_dlpack(repeat(getattr(self._m, name))).clone() for name in per_world}
 
     def _run_mjx(self, advance: int):
         """`advance` steps, or with 0 the outputs alone."""
@@ -157,9 +154,9 @@ class BatchedMujoco:
         result = jax.block_until_ready(self._programs[advance](fields, state, self._d))
         if advance:  # the state of `forward` is the one that went in
             for name in self._state:
-                getattr(self, name).copy_(self._to_torch(getattr(result, name)))
+                getattr(self, name).copy_(torch.from_dlpack(getattr(result, name)))
         for name in OUTPUTS:
-            getattr(self, name).copy_(self._to_torch(getattr(result, name)))
+            getattr(self, name).copy_(torch.from_dlpack(getattr(result, name)))
         self._d = result
 
     def step(self, nsubsteps: int = 1):
