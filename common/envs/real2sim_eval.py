@@ -22,7 +22,7 @@ def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: i
 
     `success_rate`: the object is at the goal when the episode ends; `success_once_rate`: it was at some moment;
     `lifted_rate`: it was held 5 cm above where it lay. Rates have Wilson's 95% interval beside them. With several
-    objects, `objects` holds the rates of each; with `cfg.held_out`, `held_out` holds those of as many episodes on these.
+    objects, `objects` holds the rates of each; with `cfg.held_out`, `held_out` those of as many episodes on these.
     """
     columns = play(policy, plain(cfg), device, episodes, seed)
     result = {"episodes": len(columns["r"]), "seed": seed} | mean_return(columns["r"]) | rates(columns, *RATES)
