@@ -1,8 +1,7 @@
 """Batched cameras: pictures of many worlds of one MuJoCo model behind one interface, two engines.
 
 `mujoco` is MuJoCo's OpenGL renderer through EGL or OSMesa, with one context per thread. Drawing leaves Python's lock,
-so threads do for it what processes would. They are kept for the next renderer when one is closed. `warp` is MuJoCo
-Warp's ray tracer: all worlds in one launch, on any device.
+so threads do for it what processes would. `warp` is MuJoCo Warp's ray tracer: all worlds in one launch, on any device.
 """
 
 import atexit
@@ -12,7 +11,7 @@ import importlib
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import mujoco
@@ -118,14 +117,13 @@ class BatchedRenderer:
         return pictures[:, 0] if squeeze else pictures
 
     def close(self):
-        """Frees what the pictures of this model took."""
+        """Frees contexts and threads."""
         for painter in self._painters:
             painter.close()
         self._painters = []
 
     def __del__(self):
-        with contextlib.suppress(RuntimeError):  # at the end of the process the threads are gone before this
-            self.close()
+        self.close()
 
     # --- OpenGL
 
@@ -212,27 +210,68 @@ class BatchedRenderer:
         return torch.stack(pictures, 1)
 
 
-class _Canvas:
-    """An OpenGL context, current on the one thread that makes all its calls, from the first to the one that frees it.
+class _Gate:
+    """Many threads may render at a time, but what one reads it reads while no other does anything in OpenGL.
 
-    Painters hand it on, so none is destroyed before the process ends: long runs with two threads in Mesa's software
-    OpenGL crashed, seldom, in a drawing after the contexts of another renderer had been destroyed.
+    Mesa's software OpenGL, to find out whether a picture that is read has been drawn, looks through the lists of what
+    every other context of the process is drawing, and takes no lock on them (22.3: llvmpipe_flush_resource). Runs
+    crashed there, seldom, when a list was freed under it.
     """
 
-    idle: list["_Canvas"] = []
-
     def __init__(self):
-        self.context = None  # MuJoCo's: what a model has in OpenGL
-        self.jobs = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-        self.start(self._open).result()
-        atexit.register(self.end)  # so it comes before the end of EGL, which the first context registered
+        self.changed = threading.Condition()
+        self.rendering = self.waiting = 0  # threads
 
-    def start(self, function, *arguments) -> Future:
-        """Calls the function on the thread; the future of what it returns."""
-        if not self.thread.is_alive():
-            raise RuntimeError("the thread of this context has ended")
+    @contextlib.contextmanager
+    def render(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.waiting)
+            self.rendering += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.rendering -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.changed:
+            self.waiting += 1
+            self.changed.wait_for(lambda: not self.rendering)
+            try:
+                yield
+            finally:
+                self.waiting -= 1
+                self.changed.notify_all()
+
+
+_gate = _Gate()
+
+
+class _Painter:
+    """An OpenGL context, and the one thread that makes all its calls, from the first to the one that frees it."""
+
+    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
+        self.fields = {name: field.numpy() for name, field in fields.items()}
+        self.model, self.data = copy.copy(model), mujoco.MjData(model)
+        self.scene, self.option, self.camera = mujoco.MjvScene(model, 10_000), mujoco.MjvOption(), mujoco.MjvCamera()
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self.window = mujoco.MjrRect(0, 0, width, height)
+        self.upside_down = np.empty((height, width, 3), np.uint8)
+        self.jobs = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)  # so that it lives until `close` at the exit
+        self.thread.start()
+        try:
+            self._call(self._open).result()
+        except BaseException:
+            self.jobs.put(None)
+            raise
+        atexit.register(self.close)  # comes before the end of EGL, which the first context has registered
+
+    def _call(self, function, *arguments) -> Future:
         future = Future()
         self.jobs.put((future, function, arguments))
         return future
@@ -248,61 +287,22 @@ class _Canvas:
         future, function, arguments = job
         try:
             future.set_result(function(*arguments))
-        except BaseException as error:  # for whom waits for the result
+        except BaseException as error:  # for the one who waits for the result
             future.set_exception(error)
         return True
 
     def _open(self):
         gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
-        # MuJoCo's own frees the context from whatever thread and at whatever time; see `end`.
-        self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(1, 1)
+        # MuJoCo's own frees the context from whatever thread and at whatever time; see `close`.
+        self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
         self.gl.make_current()
+        with _gate.alone():
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
 
-    def load(self, model: mujoco.MjModel):
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-
-    def unload(self):
-        if self.context is not None:
-            self.context.free()
-        self.context = None
-
-    def end(self):
-        """Frees everything and ends the thread."""
-        atexit.unregister(self.end)
-        if self.thread.is_alive():  # in a forked child it is not
-            self.start(self.unload).result()
-            self.start(self.gl.free).result()
-            self.jobs.put(None)
-            self.thread.join()
-
-    @classmethod
-    def end_idle(cls):
-        while cls.idle:
-            cls.idle.pop().end()
-
-
-os.register_at_fork(before=_Canvas.end_idle)  # a child has none of the threads
-
-
-class _Painter:
-    """A model, its scene, and the canvas that it is drawn on."""
-
-    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
-        self.fields = {name: field.numpy() for name, field in fields.items()}
-        self.model, self.data = copy.copy(model), mujoco.MjData(model)
-        self.scene, self.option, self.camera = mujoco.MjvScene(model, 10_000), mujoco.MjvOption(), mujoco.MjvCamera()
-        self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
-        self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self.window = mujoco.MjrRect(0, 0, width, height)
-        self.upside_down = np.empty((height, width, 3), np.uint8)
-        self.canvas = _Canvas.idle.pop() if _Canvas.idle else _Canvas()
-        self.canvas.start(self.canvas.load, self.model).result()
-
-    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
+    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray) -> Future:
         """Draws worlds `rows` in states `qpos` (rows, nq) into `out`; the future of it."""
-        return self.canvas.start(self._draw, qpos, rows, cameras, out)
+        return self._call(self._draw, qpos, rows, cameras, out)
 
     def _draw(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
         model, data = self.model, self.data
@@ -318,10 +318,20 @@ class _Painter:
                 mujoco.mjv_updateScene(
                     model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene
                 )
-                mujoco.mjr_render(self.window, self.scene, self.canvas.context)
-                mujoco.mjr_readPixels(self.upside_down, None, self.window, self.canvas.context)
+                with _gate.render():
+                    mujoco.mjr_render(self.window, self.scene, self.context)
+                with _gate.alone():
+                    mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
                 picture[:] = self.upside_down[::-1]
 
     def close(self):
-        self.canvas.start(self.canvas.unload).result()
-        _Canvas.idle.append(self.canvas)
+        atexit.unregister(self.close)
+        if self.thread.is_alive():  # in a forked child it is not
+            self._call(self._free).result()
+            self.jobs.put(None)
+            self.thread.join()
+
+    def _free(self):
+        with _gate.alone():
+            self.context.free()
+            self.gl.free()

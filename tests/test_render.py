@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import mujoco
@@ -214,22 +215,42 @@ def test_a_thread_that_fails(make, monkeypatch):
     assert (amount(renderer.render(states()), 2) > 20).all()
 
 
-def test_what_is_closed_is_taken_up_again(make):
-    make(num_threads=3).close()
+def test_close_frees_everything(make):
     before = threading.active_count()
     for _ in range(20):
         renderer = make(num_threads=3)
         renderer.render(states())
+        assert threading.active_count() == before + 3
         renderer.close()
         assert threading.active_count() == before
-    kept = len(render._Canvas.idle)
-    render._Canvas.end_idle()
-    assert kept >= 3 and threading.active_count() == before - kept
-    assert (amount(make(num_threads=3).render(states()), 2) > 20).all() and not render._Canvas.idle
+
+
+def test_what_one_thread_reads_it_reads_alone(make, monkeypatch):
+    """While it does, no other is in any call of OpenGL; see `_Gate`."""
+    inside, together, most = [], [], []
+
+    def watched(name, function):
+        def call(*arguments):
+            inside.append(name)
+            most.append(len(inside))
+            if "mjr_readPixels" in inside and len(inside) > 1:
+                together.append(list(inside))
+            time.sleep(0.002)
+            function(*arguments)
+            inside.remove(name)
+
+        return call
+
+    renderer = make(N, "top", H, W, num_threads=4)
+    pictures = renderer.render(states())
+    for name in ("mjr_render", "mjr_readPixels"):
+        monkeypatch.setattr(mujoco, name, watched(name, getattr(mujoco, name)))
+    for _ in range(5):
+        assert torch.equal(renderer.render(states()), pictures)
+    assert not together and max(most) > 1
 
 
 def test_renderers_that_come_and_go_leave_the_others_alone(model, make):
-    """Neither a context that is closed beside one that draws, nor what another model or quality left in it, shows."""
     other_model = decimate(model, 0.1)
     kinds = {
         "small": lambda: make(2, "side", 24, 32, num_threads=1),
@@ -239,7 +260,7 @@ def test_renderers_that_come_and_go_leave_the_others_alone(model, make):
     }
     stays, first = make(num_threads=2), {}
     pictures = stays.render(states())
-    for i in range(24):
+    for i in range(12):
         name = list(kinds)[i % 4]
         renderer = kinds[name]()
         drawn = renderer.render(states(renderer.num_envs))
