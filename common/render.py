@@ -1,15 +1,19 @@
 """Batched cameras: pictures of many worlds of one MuJoCo model behind one interface, two engines.
 
 `mujoco` is MuJoCo's OpenGL renderer through EGL or OSMesa, with one context per thread. Drawing leaves Python's lock,
-so threads do for it what processes would. `warp` is MuJoCo Warp's ray tracer: all worlds in one launch, on any device.
+so threads do for it what processes would. They are kept for the next renderer when one is closed. `warp` is MuJoCo
+Warp's ray tracer: all worlds in one launch, on any device.
 """
 
+import atexit
 import contextlib
 import copy
 import importlib
 import os
+import queue
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 import mujoco
 import numpy as np
@@ -114,7 +118,7 @@ class BatchedRenderer:
         return pictures[:, 0] if squeeze else pictures
 
     def close(self):
-        """Frees contexts and threads."""
+        """Frees what the pictures of this model took."""
         for painter in self._painters:
             painter.close()
         self._painters = []
@@ -208,8 +212,81 @@ class BatchedRenderer:
         return torch.stack(pictures, 1)
 
 
+class _Canvas:
+    """An OpenGL context, current on the one thread that makes all its calls, from the first to the one that frees it.
+
+    Painters hand it on, so none is destroyed before the process ends: long runs with two threads in Mesa's software
+    OpenGL crashed, seldom, in a drawing after the contexts of another renderer had been destroyed.
+    """
+
+    idle: list["_Canvas"] = []
+
+    def __init__(self):
+        self.context = None  # MuJoCo's: what a model has in OpenGL
+        self.jobs = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+        self.start(self._open).result()
+        atexit.register(self.end)  # so it comes before the end of EGL, which the first context registered
+
+    def start(self, function, *arguments) -> Future:
+        """Calls the function on the thread; the future of what it returns."""
+        if not self.thread.is_alive():
+            raise RuntimeError("the thread of this context has ended")
+        future = Future()
+        self.jobs.put((future, function, arguments))
+        return future
+
+    def _work(self):
+        while self._do(self.jobs.get()):
+            pass
+
+    def _do(self, job) -> bool:
+        """Does a job, of which nothing is kept; whether to go on."""
+        if job is None:
+            return False
+        future, function, arguments = job
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # for whom waits for the result
+            future.set_exception(error)
+        return True
+
+    def _open(self):
+        gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
+        # MuJoCo's own frees the context from whatever thread and at whatever time; see `end`.
+        self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(1, 1)
+        self.gl.make_current()
+
+    def load(self, model: mujoco.MjModel):
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+
+    def unload(self):
+        if self.context is not None:
+            self.context.free()
+        self.context = None
+
+    def end(self):
+        """Frees everything and ends the thread."""
+        atexit.unregister(self.end)
+        if self.thread.is_alive():  # in a forked child it is not
+            self.start(self.unload).result()
+            self.start(self.gl.free).result()
+            self.jobs.put(None)
+            self.thread.join()
+
+    @classmethod
+    def end_idle(cls):
+        while cls.idle:
+            cls.idle.pop().end()
+
+
+os.register_at_fork(before=_Canvas.end_idle)  # a child has none of the threads
+
+
 class _Painter:
-    """An OpenGL context, and the one thread that makes all its calls."""
+    """A model, its scene, and the canvas that it is drawn on."""
 
     def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
         self.fields = {name: field.numpy() for name, field in fields.items()}
@@ -220,20 +297,12 @@ class _Painter:
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.window = mujoco.MjrRect(0, 0, width, height)
         self.upside_down = np.empty((height, width, 3), np.uint8)
-        self.thread = ThreadPoolExecutor(1)
-        self.thread.submit(self._open).result()
-
-    def _open(self):
-        gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
-        # MuJoCo's own frees the context from whatever thread and at whatever time; see `close`.
-        self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
-        self.gl.make_current()
-        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.canvas = _Canvas.idle.pop() if _Canvas.idle else _Canvas()
+        self.canvas.start(self.canvas.load, self.model).result()
 
     def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
         """Draws worlds `rows` in states `qpos` (rows, nq) into `out`; the future of it."""
-        return self.thread.submit(self._draw, qpos, rows, cameras, out)
+        return self.canvas.start(self._draw, qpos, rows, cameras, out)
 
     def _draw(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
         model, data = self.model, self.data
@@ -249,14 +318,10 @@ class _Painter:
                 mujoco.mjv_updateScene(
                     model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene
                 )
-                mujoco.mjr_render(self.window, self.scene, self.context)
-                mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
+                mujoco.mjr_render(self.window, self.scene, self.canvas.context)
+                mujoco.mjr_readPixels(self.upside_down, None, self.window, self.canvas.context)
                 picture[:] = self.upside_down[::-1]
 
     def close(self):
-        self.thread.submit(self._free).result()
-        self.thread.shutdown()
-
-    def _free(self):
-        self.context.free()
-        self.gl.free()
+        self.canvas.start(self.canvas.unload).result()
+        _Canvas.idle.append(self.canvas)
