@@ -14,15 +14,15 @@ from common.envs.real2sim_looks import Looks
 from common.evaluation import SEED, Policy, can_film, device_of, mean_return, rates, save_and_print
 
 FILM_SIZE = 480  # pixels
-RATES = ("success", "success_once", "fallen")
+RATES = ("success", "success_once", "fallen", "lifted")
 
 
 def evaluate(policy: Policy, cfg: Real2SimConfig, device, episodes: int, seed: int = SEED) -> dict:
     """Success and return of `policy` in at least `episodes` fresh episodes, on the objects it was trained on.
 
-    `success_rate`: the object is at the goal when the episode ends; `success_once_rate`: it was at some moment. Rates
-    have Wilson's 95% interval beside them. With several objects, `objects` holds the rates of each; with
-    `cfg.held_out`, `held_out` holds those of as many episodes on these.
+    `success_rate`: the object is at the goal when the episode ends; `success_once_rate`: it was at some moment;
+    `lifted_rate`: it was held 5 cm above where it lay. Rates have Wilson's 95% interval beside them. With several
+    objects, `objects` holds the rates of each; with `cfg.held_out`, `held_out` those of as many episodes on these.
     """
     columns = play(policy, plain(cfg), device, episodes, seed)
     result = {"episodes": len(columns["r"]), "seed": seed} | mean_return(columns["r"]) | rates(columns, *RATES)
