@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from PIL import Image, ImageDraw, ImageFont
 
 from common.envs.pick import ENV_SETTINGS, PickConfig, PickEnv, build_model
@@ -30,39 +31,47 @@ def evaluate(policy: Policy, cfg: PickConfig, device, episodes: int, seed: int =
 
     Rates have Wilson's 95% interval beside them: `success_rate`, the same by kind of instruction (`pick`, `put`; absent
     where none was drawn), `grasped_rate` (the cube was in the grip at some moment) and `wrong_cube_rate` (another one
-    was lifted). `mean_length` counts control steps, `threads` are physics threads (0: all cores). Every world counts
-    with one episode a round, so that short ones do not count more.
+    was lifted). `mean_length` counts control steps, `threads` are physics threads (0: all cores).
     """
-    num_envs = min(episodes, MOST_ENVS)
-    envs = PickEnv(num_envs, device, seed, plain(cfg), threads)
-    found = []
-    while len(found) * num_envs < episodes:
-        obs, _ = envs.reset()
-        kind = envs.put.float()
-        waiting = torch.ones(num_envs, dtype=torch.bool, device=envs.device)
-        last = {name: torch.zeros(num_envs, device=envs.device) for name in ("r", "l", *envs.metric_names)}
-        while waiting.any():
-            obs, _, _, _, info = envs.step(policy(to(obs, device)).to(envs.device))
-            ended = waiting & info["_episode"]
-            last = {name: torch.where(ended, info["episode"][name].float(), value) for name, value in last.items()}
-            waiting = waiting & ~ended
-        found.append({name: value.cpu() for name, value in last.items()} | {"put": kind.cpu()})
-    envs.close()
-    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
+    envs = PickEnv(min(episodes, MOST_ENVS), device, seed, plain(cfg), threads)
+    columns = play(policy, envs, episodes, lambda: {"put": envs.put.float()})
     count, put = len(columns["r"]), columns["put"] > 0
     mean_return, half_width = mean_ci95(columns["r"])
     result = {"episodes": count, "seed": seed, "difficulty": cfg.difficulty, "mean_return": mean_return}
     result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
     result |= {"mean_length": columns["l"].mean().item()}
     for name in ("success", "grasped", "wrong_cube"):
-        result |= _rate(name, columns[name])
+        result |= rate(name, columns[name])
     for name, rows in (("pick", ~put), ("put", put)):
         if rows.any():
-            result |= {f"{name}_episodes": int(rows.sum())} | _rate(name, columns["success"][rows])
+            result |= {f"{name}_episodes": int(rows.sum())} | rate(name, columns["success"][rows])
     return result
 
 
-def _rate(name: str, hits: torch.Tensor) -> dict:
+@torch.no_grad()
+def play(policy: Policy, envs: VectorEnv, episodes: int, kind: Callable[[], dict] = dict) -> dict[str, torch.Tensor]:
+    """{name: (episodes,)} of at least `episodes` fresh episodes of `envs`, which are closed then: return `r`, length
+    `l`, the environment's own metrics, and what `kind()` tells of the episodes that have begun. Every world counts with
+    one episode a round, so that short ones do not count more.
+    """
+    found = []
+    while len(found) * envs.num_envs < episodes:
+        obs, _ = envs.reset()
+        begun = kind()
+        waiting = torch.ones(envs.num_envs, dtype=torch.bool, device=envs.device)
+        last = {name: torch.zeros(envs.num_envs, device=envs.device) for name in ("r", "l", *envs.metric_names)}
+        while waiting.any():
+            obs, _, _, _, info = envs.step(policy(to(obs, envs.device)).to(envs.device))
+            ended = waiting & info["_episode"]
+            last = {name: torch.where(ended, info["episode"][name].float(), value) for name, value in last.items()}
+            waiting = waiting & ~ended
+        found.append(to(last | begun, "cpu"))
+    envs.close()
+    return {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
+
+
+def rate(name: str, hits: torch.Tensor) -> dict:
+    """`{name}_rate` of `hits` (episodes,), and Wilson's 95% interval beside it."""
     count = int(hits.sum())
     return {f"{name}_rate": count / len(hits), f"{name}_ci95": list(wilson_ci95(count, len(hits)))}
 
