@@ -3,7 +3,9 @@
 `Pick-v0` is one by itself; peg insertion and the two tasks of ALOHA are made one by `Chunks`. See docs/gr00t.md.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,11 +16,11 @@ from gymnasium.vector.utils import batch_space
 from PIL import Image
 from torch.utils._pytree import tree_map
 
+from common import video
 from common.envs import pick_eval
 from common.envs.pick import INSTRUCTIONS, PickEnv
-from common.envs.pick_eval import FILM_SIZE, MOST_ENVS, SEED, Policy, play, rate
-from common.files import tolerant, write_json
-from common.stats import mean_ci95
+from common.envs.pick_eval import FILM_SIZE, MOST_ENVS
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
 from common.storage import to
 
 SENTENCES = {
@@ -170,12 +172,12 @@ def evaluate(policy: Policy, args, device, episodes: int, seed: int = SEED, thre
     """Success, return and length of `policy` in at least `episodes` fresh episodes; more of `Pick-v0`, see there."""
     if args.env_id == "Pick-v0":
         return pick_eval.evaluate(policy, args, device, episodes, seed, threads)
-    with torch.no_grad():
-        columns = play(policy, make(args, min(episodes, MOST_ENVS), device, seed, threads), episodes)
-    mean_return, half_width = mean_ci95(columns["r"])
-    result = {"episodes": len(columns["r"]), "seed": seed, "mean_return": mean_return}
-    result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
-    return result | {"mean_length": columns["l"].mean().item()} | rate("success", columns["success"])
+    envs = make(args, min(episodes, MOST_ENVS), device, seed, threads)
+    obs, _ = envs.reset()
+    columns = play(policy, envs, obs, device, math.ceil(episodes / envs.num_envs))
+    envs.close()
+    result = {"episodes": len(columns["r"]), "seed": seed} | mean_return(columns["r"])
+    return result | {"mean_length": columns["l"].mean().item()} | rates(columns, "success")
 
 
 def report(policy: Policy, args, result: dict, run_dir: Path, name: str, save_video: bool = True):
@@ -183,11 +185,7 @@ def report(policy: Policy, args, result: dict, run_dir: Path, name: str, save_vi
     if args.env_id == "Pick-v0":
         pick_eval.report(policy, args, result, run_dir, name, save_video)
         return
-    with tolerant(f"{name}.json", run_dir / "eval"):
-        write_json(run_dir / "eval" / f"{name}.json", result)
-    low, high = result["success_ci95"]
-    rates = f"success {result['success_rate']:.1%} ({low:.1%} to {high:.1%}) of {result['episodes']} episodes"
-    print(f"{name}: {rates}, {result['mean_length']:.0f} control steps", flush=True)
+    save_and_print(result, run_dir, name, f", {result['mean_length']:.0f} control steps")
     if save_video:
         record_video(policy, args, run_dir / "videos" / f"{name}.mp4")
 
@@ -199,13 +197,12 @@ def record_video(policy: Policy, args, path: str | Path, episodes: int = 2, seed
     """
     if args.env_id == "Pick-v0":
         return pick_eval.record_video(policy, args, path, seed=seed)
-    from common.video import find_gl, missing_gl_message, write_mp4
-
-    if args.observation == "state" or find_gl() is None:
-        no_pictures = f"no film: a policy for {args.env_id} that observes a state has no pictures to show"
-        print(no_pictures if args.observation == "state" else missing_gl_message(), flush=True)
+    if args.observation == "state":
+        print(f"no film: a policy for {args.env_id} that observes a state has no pictures to show", flush=True)
         return None
-    device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
+    if not can_film():
+        return None
+    device = device_of(policy)
     envs = make(args, 1, "cpu", seed, 1)
 
     def frames() -> Iterable[np.ndarray]:
@@ -218,7 +215,5 @@ def record_video(policy: Policy, args, path: str | Path, episodes: int = 2, seed
             obs, _, _, _, info = envs.step(policy(to(obs, device)).cpu())
             ended += int(info["_episode"])
 
-    try:
-        return write_mp4(path, frames(), envs.env.metadata["render_fps"] / args.chunk)
-    finally:
-        envs.close()
+    with closing(envs):
+        return video.write_mp4(path, frames(), envs.env.metadata["render_fps"] / args.chunk)
