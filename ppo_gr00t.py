@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, demos, distributed, gr00t
+from common import checkpoint, cli, demos, distributed, gr00t, gr00t_network
 from common.cuda_graph import CudaGraph
 from common.demos import DemosConfig
 from common.envs.pick import ENV_SETTINGS, PickConfig
@@ -60,7 +60,7 @@ class Args(cli.RunArgs, PickConfig, Gr00tConfig, DemosConfig):
     """group of defaults; auto: mlp with --policy mlp or without GR00T's packages, gpu on a GPU, residual with --policy
     gaussian-residual, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
-    env_id: Literal[*SENTENCES] = "Pick-v0"  # task
+    env_id: Literal[*SENTENCES] = "Pick-v0"  # name of the task
     policy: Literal["gr00t", "gaussian-residual", "mlp"] = "gr00t"
     """gr00t: PPO on the flow itself; gaussian-residual: on a Gaussian around the frozen flow's action; mlp: no GR00T"""
     sde_steps: Literal["one", "last", "all"] = "one"
@@ -561,22 +561,21 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_ranges(args)
+    demos.check(args)
     cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
     cli.check_compiler(args)
-    for name in ("lora_rank", "llm_layers", "bc_steps", "bc_batch", "bc_learning_rate", "memory_limit", "residual_std"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
     cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
-    for name in ("noise_level", "demos", "demo_noise", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    for name in ("noise_level", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
-    stages(args)
+    gr00t_network.check_flags(args)
     if args.policy == "mlp":
         cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
         what = "state; --policy mlp sees no pictures"
         cli.check_flag(args, args.observation == "state", "observation", what)
     else:
-        absent = gr00t.missing()
-        cli.check(not absent, f"--policy {args.policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+        gr00t_network.check_installed(args.policy)
         cli.check_flag(args, args.observation == "images", "observation", f"images with --policy {args.policy}")
         cli.check_flag(args, args.noise_level > 0, "noise_level", "a number above 0, or PPO has nothing to weigh")
         cli.check_flag(args, args.chunk > 1, "chunk", "2 or more with GR00T, whose actions are chunks")
@@ -590,9 +589,7 @@ def check_args(args: Args):
 
 def learn_task(flow, args, envs, interrupt) -> dict:
     """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
-    known = gr00t.read_statistics(args.model, args.embodiment)
-    if known:
-        flow.network.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
+    known = flow.network.read_ranges(args.model, args.embodiment)
     if known.get("task") == args.env_id:
         print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
         return {}
@@ -605,9 +602,8 @@ def learn_task(flow, args, envs, interrupt) -> dict:
         return {}
     done = clone_expert(flow, args, envs, interrupt)
     if os.environ.get("RANK", "0") == "0":
-        folder = Path(args.log_dir) / "warm_start"
-        with tolerant("the warm start", folder):
-            gr00t.save(gr00t.merged(flow.network.model), folder, flow.network.ranges(), args.env_id)
+        with tolerant("the warm start", Path(args.log_dir)):
+            flow.network.save(Path(args.log_dir) / "warm_start", args.env_id)
     return done
 
 
@@ -849,7 +845,7 @@ def main(args: Args):
             if flow is None:
                 checkpoint.export_onnx(agent, to(take(next_obs, slice(0, 1)), "cpu"), run.dir / "policy.onnx")
             elif agent is flow:
-                gr00t.save(gr00t.merged(flow.network.model), run.dir / "gr00t", flow.network.ranges(), args.env_id)
+                flow.network.save(run.dir / "gr00t", args.env_id)
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
         with tolerant("the final evaluation", run.dir, saved):

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_map
 
-from common import distributed
-from common.cli import check
+from common import cli, distributed
 from common.flat_adam import FlatAdam
 from common.meter import Meter
 from common.storage import take, to
@@ -25,6 +24,14 @@ class DemosConfig:
     bc_steps: int = 400  # updates of that warm start
     bc_batch: int = 64  # chunks in each of them
     bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
+
+
+def check(args: DemosConfig):
+    """The ranges of the flags."""
+    for name in ("bc_steps", "bc_batch", "bc_learning_rate"):
+        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    for name in ("demos", "demo_noise"):
+        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
 
 
 def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> dict:
@@ -49,7 +56,7 @@ def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> d
                 episodes += 1
                 kept += [take(step, slice(i, i + 1)) for step in steps[begun[i] :]]
             begun[i] = len(steps)
-        check(episodes or tried < 200, "--demos: the scripted expert has solved none of 200 episodes of this task")
+        cli.check(episodes or tried < 200, "--demos: the scripted expert has solved none of 200 episodes of this task")
     demos = tree_map(lambda *parts: torch.cat(parts), *kept)
     print(f"{episodes} demonstrations, {len(demos['actions'])} actions, of {tried} episodes of the expert", flush=True)
     return demos

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import gr00t
-from common.cli import check
+from common.cli import check, check_flag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("critic", "lora", "projector", "dit", "adapter", "llm", "vision")  # of an agent, in unfreezing order
@@ -36,6 +37,19 @@ class Gr00tConfig:
     llm_layers: int = 2  # how many of the top layers of the language model belong to the part llm
     gradient_checkpointing: bool = False  # compute the activations of the head's blocks twice to save memory
     memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
+
+
+def check_flags(args: Gr00tConfig):
+    """The ranges of the model's flags."""
+    for name in ("lora_rank", "llm_layers", "memory_limit"):
+        check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    stages(args)
+
+
+def check_installed(policy: str):
+    """That GR00T's packages are."""
+    absent = gr00t.missing()
+    check(not absent, f"--policy {policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
 
 
 def stages(args: Gr00tConfig) -> dict[int, list[str]]:
@@ -142,6 +156,17 @@ class Network(nn.Module):
             sizes = f"statistics of {found.shape[1]} components of the {name}, the task has {expected.shape[1]}"
             check(found.shape == expected.shape, f"--model got {sizes}; it takes a model of this robot, or one without")
             expected.copy_(found)
+
+    def read_ranges(self, source: str, embodiment: str) -> dict:
+        """Takes the ranges that the model `source` has beside it; gives what `gr00t.read_statistics` does."""
+        known = gr00t.read_statistics(source, embodiment)
+        if known:
+            self.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
+        return known
+
+    def save(self, folder: Path, task: str):
+        """The model with its adapters merged, its ranges, and the task that it has learned, as `gr00t.load` reads."""
+        gr00t.save(gr00t.merged(self.model), folder, self.ranges(), task)
 
     def ranges(self) -> dict[str, torch.Tensor]:
         return {"state": self.state_range, "action": self.action_range}
