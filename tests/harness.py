@@ -424,7 +424,7 @@ SCRIPTS = {
             name="ppo_real2sim_mjx",
             tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, norm_reward=False)
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
-            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            | dict(target_kl=0.0, log_interval=1, checkpoint_interval=1000, save_video=False),
             environment={"Real2SimEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
             normalised={"norm_reward": True},
             sources=("common/*.py", "common/envs/real2sim*.py"),
