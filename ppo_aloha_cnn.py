@@ -388,6 +388,9 @@ def check_args(args: Args):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    for name in ("image_height", "image_width"):
+        enough = getattr(args, name) >= 36 or args.obs_type == "state"
+        cli.check_flag(args, enough, name, "36 or more, for the three convolutions")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:

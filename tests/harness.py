@@ -279,6 +279,7 @@ OFF_POLICY_MISTAKES = (
     ("--num-atoms 1", "--num-atoms"),
     ("--observation rgb", "--observation", "no CNN"),
     ("--objects absent.stl", "--objects", "absent.stl"),
+    ("--held-out absent.stl", "--held-out", "absent.stl"),
     ("--env-id CartPole-v1", "CartPole-v1", "continuous"),
     ("--env-id Isaac-Cartpole-Direct", "--env-id", "Real2Sim-v0"),
 )
@@ -405,6 +406,8 @@ SCRIPTS = {
                 ("--bc-minutes 0", "--bc-minutes"),
                 ("--bc-coef -1", "--bc-coef"),
                 ("--image-height 0", "--image-height"),
+                ("--image-width 35", "--image-width", "36 or more"),
+                ("--threads -1", "--threads"),
             ),
             syntax_errors=(("--obs-type sideways", "pixels_agent_pos"), ("--env-id Aloha", "AlohaTransferCube-v0")),
             without=dict.fromkeys(
@@ -440,6 +443,7 @@ SCRIPTS = {
             evaluate="common.envs.real2sim_eval.evaluate",
             mistakes=(
                 ("--goal-height 2 3", "--goal-height"),
+                ("--held-out absent.stl", "--held-out", "absent.stl"),
                 ("--observation rgb", "--observation", "no CNN"),
                 ("--min-std 2", "--min-std", "--init-std"),
             ),
@@ -569,7 +573,11 @@ SCRIPTS = {
             results=frozenset({"success_rate", "success_once_rate", "engaged_rate", "keypoint_distance"}),
             exact={"state": ["--norm-reward"]},
             evaluate="common.envs.peg_insert_eval.evaluate",
-            mistakes=(("--embedding 0", "--embedding"), ("--min-std 2", "--min-std", "--init-std")),
+            mistakes=(
+                ("--embedding 0", "--embedding"),
+                ("--min-std 2", "--min-std", "--init-std"),
+                ("--observation multimodal --image-size 35", "--image-size", "36 or more"),
+            ),
             syntax_errors=(("--observation sideways", "multimodal"),),
             without=dict.fromkeys(
                 (
