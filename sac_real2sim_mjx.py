@@ -68,7 +68,7 @@ class Args(cli.RunArgs, Real2SimConfig):
     learning_starts: int = 6400  # environment steps with random actions before the first update (CleanRL)
     updates_per_step: int = 4  # updates of the critics per step of all environments (FastTD3, PQL)
     batch_size: int = 256  # samples per update, over all ranks
-    gamma: float = 0.97  # discount (0.97 in FastSAC and FastTD3, 0.99 in PQL and CleanRL)
+    gamma: float = 0.9  # discount: each next stage of the reward is a few steps away (0.97 in FastSAC, 0.99 in CleanRL)
     n_step: int = 3  # rewards summed before the target critic takes over (3 in PQL, 1 in FastSAC and CleanRL)
     tau: float = 0.01  # share of the critics in the target critics' step (0.005 CleanRL, 0.05 PQL, 0.1 FastTD3)
     policy_frequency: int = 2  # updates of the critics per update of the actor (2 in TD3 and FastTD3, 4 in FastSAC)

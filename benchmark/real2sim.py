@@ -50,10 +50,13 @@ PEER = "cleanrl"
 PEER_ENVS = 8
 CURVE_EPISODES = 256  # of each point on the peer's curve, as in our scripts' preset
 GOAL = 0.9  # success that counts as learned
+KEYS = ("episodes", "success_rate", "success_ci95", "success_once_rate", "fallen_rate")  # of shorter results
 
 
 def measure(run_dir, script: str, args) -> dict:
-    """The last policy of a run on fresh seeds, and the success of the policies on the way to it."""
+    """The last policy of a run on fresh seeds, and the success of the policies on the way to it. `best`: that of the
+    policy which the run's own evaluations liked best, on the same fresh seeds.
+    """
     module = importlib.import_module(script)
     state = checkpoint.load(run_dir, script)
     trained = module.Args(**{name: v for name, v in state["args"].items() if name in module.Args.__dataclass_fields__})
@@ -66,6 +69,14 @@ def measure(run_dir, script: str, args) -> dict:
     say("all its objects" if len(cfg.objects) > 1 else cfg.objects[0], result)
     if args.per_object:
         result["per_object"] = measure_objects(agent, cfg, args)
+    best = Path(run_dir) / "checkpoints" / "best_model.pt"
+    if best.exists():
+        chosen = checkpoint.load(best, script)
+        agent.load_state_dict(chosen["agent"])
+        found = evaluate(agent, cfg, "cpu", args.episodes, tools.EVAL_SEED)
+        say("best checkpoint", found)
+        result["best"] = {"steps": chosen["global_step"], "minutes": chosen["elapsed"] / 60}
+        result["best"] |= {key: found[key] for key in KEYS}
     scalars = tools.read_scalars(run_dir)
     seconds = dict(scalars["charts/elapsed"])
     curve = []
@@ -85,8 +96,7 @@ def measure_objects(agent, cfg: Real2SimConfig, args) -> dict[str, dict]:
     for name in (*EXAMPLES, str(cloud)):
         alone = replace(cfg, objects=(name,), held_out=())
         result = evaluate(agent, alone, "cpu", args.episodes, tools.EVAL_SEED)
-        keys = ("episodes", "success_rate", "success_ci95", "success_once_rate", "fallen_rate")
-        found[Path(name).stem] = {"trained": name in cfg.objects} | {key: result[key] for key in keys}
+        found[Path(name).stem] = {"trained": name in cfg.objects} | {key: result[key] for key in KEYS}
         say(Path(name).stem, result)
     return found
 
