@@ -41,9 +41,9 @@ PRESETS = {
     | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.6, noise_correlation=0.8)
     | dict(reward="dense", gamma=0.92, learning_rate=2e-5, critic_learning_rate=2e-3, critic_iterations=2)
     | dict(clip_vloss=False, log_interval=1, eval_interval=10),
-    "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
-    | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
-    | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
+    "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
+    | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
+    | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, hidden=(128, 128), eval_interval=20),
     "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
     | dict(policy="gaussian-residual", demos=300, bc_steps=400, residual_std=0.15, reward="dense", gamma=0.92)
     | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
