@@ -201,10 +201,15 @@ class FlowAgent(nn.Module):
         dt = 1 / self.num_flow_steps
         std = args.noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
         self.register_buffer("step_std", std.clamp(min=args.min_std) if args.noise_level else std)
-        covariance = torch.eye(net.horizon)  # of the noise of the actions one after the other
-        covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
-        self.register_buffer("covariance", covariance)
-        self.register_buffer("mix", torch.linalg.cholesky(covariance))
+        # The noise of the actions one after the other is a mix of independent ones, or one for all of a chunk.
+        mix = torch.zeros(net.horizon, 1)
+        mix[: net.chunk] = 1
+        if args.noise_correlation < 1:
+            covariance = torch.eye(net.horizon)
+            covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
+            mix = torch.linalg.cholesky(covariance)
+        self.register_buffer("mix", mix)
+        self.register_buffer("unmix", torch.linalg.pinv(mix[: net.chunk, : net.chunk]))
 
     def set_trainable(self, parts):
         self.network.set_trainable(parts)
@@ -231,7 +236,7 @@ class FlowAgent(nn.Module):
         t = (step / K)[:, None, None]
         std = (self.step_std[step] * noise)[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
-        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - std.square() / (2 * (1 - t)) * (self.covariance @ start)
+        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - std.square() / (2 * (1 - t)) * (self.mix @ (self.mix.T @ start))
         return mean, std
 
     @torch.no_grad()
@@ -241,7 +246,8 @@ class FlowAgent(nn.Module):
         for k in range(self.num_flow_steps):
             step = torch.full((len(x),), k, device=x.device)
             mean, std = self.transition(context, state, points[-1], step, noise[:, k])
-            points.append(mean + std * (self.mix @ torch.randn_like(mean)) if noise.any() else mean)
+            drawn = torch.randn(len(x), self.mix.shape[1], x.shape[2], device=x.device)
+            points.append(mean + std * (self.mix @ drawn) if noise.any() else mean)
         return torch.stack(points, 1)
 
     def sample(self, obs):
@@ -265,18 +271,19 @@ class FlowAgent(nn.Module):
     def log_prob_and_entropy(self, dist, action):
         """Sums over steps and components, in float32. `dist`: of `get_dist`."""
         std = self.step_std[action["step"]][..., None, None]
-        log_mix = self.mix.diagonal()[: self.network.chunk, None].log()
+        log_mix = self.mix.diagonal()[: len(self.unmix), None].log()
         log_scale = (std.log() + log_mix + 0.5 * math.log(2 * math.pi)).expand_as(dist)
         logprob = (-0.5 * (self.unmixed(action["next"] / std) - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
         return logprob, (log_scale + 0.5).sum((1, 2, 3))
 
     def unmixed(self, x):
-        """What of (..., chunk, action_dim), in units of the std, is independent."""
-        mix = self.mix[: self.network.chunk, : self.network.chunk]
-        return torch.linalg.solve_triangular(mix.expand(*x.shape[:-2], -1, -1), x, upper=False)
+        """What of (..., chunk, action_dim), in units of the std, is independent: as many rows, or where one noise moves
+        the whole chunk its mean, (..., 1, action_dim). That alone has a density then.
+        """
+        return self.unmix @ x
 
     def get_dist(self, context, obs, action):
-        """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk, action_dim)."""
+        """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk or 1, action_dim)."""
         means = []
         for i in range(action["step"].shape[1]):
             step = action["step"][:, i]
@@ -565,7 +572,7 @@ def check_args(args: Args):
     cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
     cli.check_compiler(args)
     cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
-    cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
+    cli.check_flag(args, 0 <= args.noise_correlation <= 1, "noise_correlation", "a number from 0 to 1")
     for name in ("noise_level", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
