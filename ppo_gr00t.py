@@ -37,16 +37,16 @@ from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, tak
 SCRIPT = "ppo_gr00t"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
-    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.6, noise_correlation=0.8)
-    | dict(reward="dense", gamma=0.92, learning_rate=2e-5, critic_learning_rate=2e-3, critic_iterations=2)
+    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=110)
+    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.5, noise_correlation=1.0)
+    | dict(reward="dense", gamma=0.92, learning_rate=6e-5, critic_learning_rate=2e-3, critic_iterations=2)
     | dict(clip_vloss=False, log_interval=1, eval_interval=10),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
     | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
     | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, hidden=(128, 128), eval_interval=20),
-    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
+    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
     | dict(policy="gaussian-residual", demos=300, bc_steps=400, residual_std=0.15, reward="dense", gamma=0.92)
-    | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
+    | dict(learning_rate=3e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
     | dict(log_interval=1, eval_interval=10),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
@@ -67,7 +67,9 @@ class Args(cli.RunArgs, PickConfig, Gr00tConfig, DemosConfig):
     """which steps of the integration have noise: one drawn at random for each chunk, the last, or all, at K times the
     price"""
     noise_level: float = 0.5  # a of the Flow-SDE; 0 is the model's own integration
-    noise_correlation: float = 0.0  # of the noise of a chunk's actions; independent one averages out over the chunk
+    noise_correlation: float = 0.0
+    """of the noise of a chunk's actions, independent of which averages out; 1: one noise for all of a chunk, whose mean
+    alone has a probability then"""
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     bc_tune: Literal[*TUNE] = "all"  # what the warm start trains
@@ -236,7 +238,8 @@ class FlowAgent(nn.Module):
         t = (step / K)[:, None, None]
         std = (self.step_std[step] * noise)[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
-        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - std.square() / (2 * (1 - t)) * (self.mix @ (self.mix.T @ start))
+        drift = std.square() / (2 * (1 - t)) * (self.mix @ (self.mix.T @ start))
+        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - drift
         return mean, std
 
     @torch.no_grad()
