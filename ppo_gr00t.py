@@ -186,12 +186,7 @@ class FlowAgent(nn.Module):
         spaces = envs.single_observation_space.spaces
         learns = {*sum(stages(args).values(), TUNE[args.bc_tune])}
         self.network = net = Network(args, spaces, envs.single_action_space.shape, SENTENCES[args.env_id], learns)
-        privileged = spaces["privileged"].shape[0] if "privileged" in spaces else 0
-        self.stats = (
-            RunningMeanStd(privileged, 1e-5) if privileged else None
-        )  # detail 28: of what the critic alone sees
-        # detail 13: a critic on the features of the policy
-        self.critic = mlp(net.feature_dim + privileged, args.critic_hidden, 1, 1.0, activation=nn.ReLU)
+        self.critic = mlp(net.feature_dim, args.critic_hidden, 1, 1.0, activation=nn.ReLU)  # detail 13: on its features
         self.num_flow_steps = net.num_flow_steps  # K
         self.sde_steps = args.sde_steps
         self.generator = None  # of the noise from which the model's own actions are integrated; None: torch's
@@ -301,25 +296,21 @@ class FlowAgent(nn.Module):
 
     # --- what PPO asks of an agent
 
-    def value(self, context, obs):
-        embedding = self.network.embedding(context, obs)
-        return self.critic(torch.cat((embedding, obs["privileged"]), 1) if self.stats else embedding).squeeze(-1)
-
     def get_value(self, obs):
-        return self.value(self.network.context(obs), obs)
+        return self.critic(self.network.embedding(self.network.context(obs), obs)).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None):
         action = self.sample(obs) if action is None else action
         context = self.network.context(obs)
         dist = self.get_dist(context, obs, action)
-        return action, *self.log_prob_and_entropy(dist, action), self.value(context, obs), dist
+        value = self.critic(self.network.embedding(context, obs)).squeeze(-1)
+        return action, *self.log_prob_and_entropy(dist, action), value, dist
 
-    def normalise(self, obs):  # the rest `encode` has done
-        return obs | {"privileged": self.stats(obs["privileged"])} if self.stats else obs
+    def normalise(self, obs):  # `encode` has done it
+        return obs
 
     def update_stats(self, obs):
-        if self.stats:
-            self.stats.update(obs["privileged"])
+        pass
 
     def std(self):
         return self.step_std
@@ -351,7 +342,7 @@ class Agent(nn.Module):
         self.flow = flow
         self.action_shape = envs.single_action_space.shape
         n = math.prod(self.action_shape)
-        space, init_std, privileged = envs.single_observation_space, args.init_std, 0
+        space, init_std = envs.single_observation_space, args.init_std
         if flow is None:
             width = space.shape[0]
             self.stats = RunningMeanStd(width, 1e-5) if args.norm_obs else None  # detail 28: observation normalisation
@@ -359,9 +350,8 @@ class Agent(nn.Module):
             flow.requires_grad_(False)
             width = flow.network.feature_dim + flow.network.state_dim + n
             n = flow.network.action_dim
-            self.stats, init_std = flow.stats, args.residual_std
-            privileged = len(self.stats.mean) if self.stats else 0
-        self.critic = mlp(width + privileged, args.hidden, 1, 1.0, activation=nn.ELU)
+            self.stats, init_std = None, args.residual_std
+        self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, n, 0.01, activation=nn.ELU)  # detail 26: separate MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full((n,), math.log(init_std)))
@@ -378,18 +368,13 @@ class Agent(nn.Module):
         action = self.flow.flow_action(context, encoded["state"])
         state = encoded["state"][:, 0, : net.state_dim]
         embedding = torch.cat((net.embedding(context, encoded), state, action.flatten(1)), 1)
-        privileged = {"privileged": encoded["privileged"]} if self.stats else {}
-        return {"embedding": embedding, "action": action} | privileged
+        return {"embedding": embedding, "action": action}
 
     def normalise(self, obs):
-        if self.flow:
-            return self.flow.normalise(obs)
-        return self.stats(obs) if self.stats else obs
+        return obs if self.stats is None else self.stats(obs)
 
     def update_stats(self, obs):
-        if self.flow:
-            self.flow.update_stats(obs)
-        elif self.stats:
+        if self.stats is not None:
             self.stats.update(obs)
 
     def std(self):  # (action_dim,)
@@ -400,9 +385,7 @@ class Agent(nn.Module):
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
     def get_value(self, obs):  # (batch, obs_dim) or a dict -> (batch,)
-        if self.flow:
-            obs = torch.cat([obs[name] for name in ("embedding", "privileged") if name in obs], 1)
-        return self.critic(obs).squeeze(-1)
+        return self.critic(obs["embedding"] if self.flow else obs).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
