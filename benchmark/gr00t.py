@@ -80,6 +80,7 @@ def draw(runs: dict, path: Path):
                 ax.plot(thousands, rates, color=colour, label=name if i == 0 else None, marker=".")
         unit = "actions" if panel is mlp else "chunks"
         ax.set(xlabel=f"thousand {unit}", ylabel="success of the deterministic policy (%)", ylim=(0, 100))
+        ax.set_xlim(left=0)
         ax.legend()
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=140)
