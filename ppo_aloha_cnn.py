@@ -388,6 +388,7 @@ def check_args(args: Args):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    cli.check_flag(args, 0 <= args.bc_expert <= 1, "bc_expert", "a number from 0 to 1")
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -413,6 +414,8 @@ def main(args: Args):
     # --- agent
     curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
+    if args.model_path and not args.resume:  # in training the policy to begin with
+        checkpoint.load_agent(agent, checkpoint.load(args.model_path, SCRIPT), "--model-path")
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

@@ -86,6 +86,25 @@ def test_the_warm_start_clones_the_means_and_leaves_the_critic(warm_start, capsy
     assert "warm start, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_expert_may_act_less_often_from_the_beginning(warm_start, share):
+    run = warm_start(bc_expert=share)
+    by_expert = [(dist == stored["labels"]).all(1) for dist, stored in zip(run.drawn, run.stored, strict=True)]
+    first = torch.stack(by_expert[: len(by_expert) // 5]).float().mean()
+    assert first == 0 if share == 0 else 0.2 < first < 0.7
+
+
+def test_training_may_begin_with_a_policy(script, run_main, minibatches):
+    state = run_main(learning_rate=1e-2)
+    path = f"{state['args']['log_dir']}/checkpoints/final_model.pt"
+    minibatches.clear()
+    again = run_main(model_path=path, seed=7)
+    begun = minibatches[0].agent.state_dict()
+    assert all(torch.equal(value, state["agent"][name]) for name, value in begun.items())
+    assert again["iteration"] == state["iteration"]  # its iterations and steps count from zero
+    assert not torch.equal(again["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
 def test_an_interrupt_ends_the_warm_start(warm_start):
     assert warm_start(interrupt=True).done["warm_start_frames"] == 0
 
