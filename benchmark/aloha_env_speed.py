@@ -182,7 +182,9 @@ def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--num-envs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--starts", type=int, default=200, help="episodes of the expert per task and disturbance")
+    parser.add_argument(
+        "--starts", type=int, default=200, help="episodes of the expert per task and disturbance, 0: the former"
+    )
     args = parser.parse_args()
     began, load = time.time(), os.getloadavg()[0]  # of the minute before
     rates = speed(args.num_envs, args.rounds)
@@ -191,10 +193,13 @@ def main():
     figures["ratio"] = ours / theirs
     figures["equality"] = {task: equality(task) for task in ("insertion", "transfer_cube")}
     figures["pictures"] = pictures()
-    figures["expert"] = {
-        task: {name: successes(task, args.starts, **how) for name, how in DISTURBED.items()}
-        for task in ("insertion", "transfer_cube")
-    }
+    if args.starts:
+        figures["expert"] = {
+            task: {name: successes(task, args.starts, **how) for name, how in DISTURBED.items()}
+            for task in ("insertion", "transfer_cube")
+        }
+    else:
+        figures["expert"] = tools.former(args, "aloha_env_speed", "expert")
     figures["microseconds_per_label"] = {n: label_cost(n) for n in (16, 64, 256)}
     tools.write(args, "aloha_env_speed", [1, tools.EVAL_SEED], args.num_envs, began, figures)
 

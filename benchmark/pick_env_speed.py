@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="of the speed; none: the expert alone")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--env-steps", type=int, default=20_000, help="control steps of a segment")
-    parser.add_argument("--starts", type=int, default=400, help="of the expert, per row")
+    parser.add_argument("--starts", type=int, default=400, help="of the expert, per row; 0: the former rows")
     args = parser.parse_args()
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"--cases takes {', '.join(map(repr, CASES))}, got {', '.join(map(repr, unknown))}")
@@ -134,13 +134,14 @@ def main():
             cost = case["env_processor_us"]["median"]
             print(f"{name:28s} {num_envs:4d} worlds: {rates}, {cost:.1f} us", flush=True)
             cases.append(case)
-    for difficulty in (0.0, 0.5, 1.0):
+    for difficulty in (0.0, 0.5, 1.0) if args.starts else ():
         for chunk in (8, 1):
             for kind, disturbed in (("calm", {}), ("pushes", {"push": 0.3}), ("noise", {"noise": 0.3})):
                 row = {"difficulty": difficulty, "chunk": chunk, "disturbance": kind}
                 row |= successes(PickConfig(difficulty=difficulty, chunk=chunk), args.starts, **disturbed)
                 print(f"expert: {row}", flush=True)
                 experts.append(row)
+    experts = experts or tools.former(args, "pick_env_speed", "expert")
     figures = {"goal": "25000 steps/s, state, 256 worlds, 2 cores", "cases": cases, "expert": experts}
     tools.write(args, "pick_env_speed", [0, 1], args.num_envs, began, figures)
 

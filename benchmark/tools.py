@@ -1,6 +1,7 @@
 """What the benchmark scripts share: flags, training as a subprocess, checkpoints, the result file."""
 
 import argparse
+import json
 import math
 import shlex
 import statistics
@@ -125,6 +126,18 @@ def median(values) -> float | None:
 def spread(values) -> dict:
     values = list(values)
     return {"median": median(values), "values": values}
+
+
+def former(args, name: str, key: str) -> dict:
+    """What `{name}.json` holds as `key`, and which command, date and commit that is from; {} without the file."""
+    path = args.out / f"{name}.json"
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text())
+    found = document["figures"].get(key, {})
+    if "rows" in found:
+        return found
+    return {"rows": found, "from": {name: document[name] for name in ("command", "date", "commit")}}
 
 
 def write(args, name: str, seeds: list[int], num_envs, began: float, figures: dict, versions: dict | None = None):
