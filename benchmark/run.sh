@@ -14,15 +14,14 @@ $PY benchmark/go2_reliability.py --kills 20 --minutes 10             # 20 min
 $PY benchmark/isaac_reliability.py --kills 20                       # 4 min
 $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
-$PY benchmark/peg_env_speed.py
+$PY benchmark/peg_env_speed.py                                       # 3 min
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
-$PY benchmark/pick_env_speed.py                                      # 6 min
+$PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 $PY benchmark/real2sim_env_speed.py
 $PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
-$PY benchmark/real2sim_env_speed.py
-$PY benchmark/aloha_env_speed.py                                     # 18 min on a busy machine
+$PY benchmark/aloha_env_speed.py                                     # 3 min, and the expert's 1,600 episodes
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
 $PY benchmark/gr00t.py --seeds 1 2 3                                 # 3 seeds of two policies
 $PY benchmark/aloha.py --preset long --seeds 1 --keep-policy

@@ -387,5 +387,6 @@ def test_one_file_configures_three_algorithms(name):
     script = importlib.import_module(name)
     path = Path(__file__).parents[1] / "benchmark" / "configs" / "real2sim.yaml"
     args = cli.parse_args(script.Args, script.PRESETS, "laptop", argv=["--config", str(path)])
-    assert (args.env_id, args.num_envs, args.max_episode_steps) == ("Real2Sim-v0", 64, 200)
-    assert args.gamma == (0.98 if name.startswith("ppo") else 0.97), "the section of its own algorithm"
+    assert (args.env_id, args.observation, args.max_episode_steps) == ("Real2Sim-v0", "full", 200)
+    own = (args.num_envs, args.gamma)
+    assert own == ((512, 0.9) if name.startswith("ppo") else (64, 0.97)), "the section of its own algorithm"

@@ -248,6 +248,49 @@ def test_pick_and_place_is_possible(objects):
     assert reward[info["episode"]["success"] == 1].min() > 0.9  # near the most there is, 1
 
 
+def test_placing_is_possible_and_pays_more_than_holding():
+    """Carried over, set down, let go: success begins once the hand is away, and no step on the way there pays less."""
+    env = make(16, seed=3, task="place")
+    assert (env.to_goal[:, :2].norm(dim=1) > real2sim.PLACE_DISTANCE - 1e-4).all()
+    assert (env.to_goal[:, 2].abs() < 1e-6).all()
+    expert = Expert(env)
+    rewards = []
+    up = torch.tensor([0.0, 0.0, 0.08])
+    for t in range(200):
+        target = env.goal - env.object
+        if t >= 100:
+            high = up * (t < 150)
+            action = expert.go(env.tcp + (target + high).clamp(-0.04, 0.04), CLOSED if t < 165 else OPEN)
+            if t >= 175:
+                action = expert.go(env.tcp + up / 4, OPEN)
+        else:
+            action = expert()
+        _, reward, _, _, info = env.step(action)
+        rewards.append(reward)
+        if t == 163:  # in its place and still in the hand
+            in_hand = (env.goal_distance < SUCCESS_DISTANCE) & env.held
+            assert in_hand.float().mean() > 0.8 and not env.at_goal.any()
+    won = info["episode"]["success"] == 1
+    assert won.float().mean() > 0.9 and info["episode"]["lifted"].mean() > 0.9
+    assert (rewards[-1][won] > rewards[163][won] + 0.2).all() and rewards[-1][won].min() > 0.9
+
+
+def test_terms_of_placing_by_hand():
+    env = make(1, task="place")
+    put(env, object=env.goal[0])
+    env.physics.qvel[:] = 0
+    env._read_state()
+    far = env.to_object.norm(dim=1).item()
+    assert far > real2sim.AWAY and env.at_goal.all() and env._terms()[:, 0].tolist() == pytest.approx([1, 1, 1, 1, 1])
+    env.physics.qvel[:, 9] = 0.06  # still sliding
+    env._read_state()
+    assert not env.at_goal.any() and env._terms()[4].item() == 0.5
+    env.physics.qvel[:] = 0
+    env.goal[:] = env.object + torch.tensor([[0.05, 0.0, 0.0]])
+    env._read_state()
+    assert not env.at_goal.any() and env._terms()[1:, 0].tolist() == [0, 0, 0, 0]
+
+
 def test_hovering_pays_less_than_success():
     """The most that can be had without being at the goal is what all terms but two weights give."""
     best_without = sum(TERMS.values()) - TERMS["success"] - TERMS["place"] * math.tanh(5 * SUCCESS_DISTANCE)

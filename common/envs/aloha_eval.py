@@ -1,6 +1,7 @@
 """Evaluation and film of a policy for the ALOHA tasks, always on the package's reward and with random starts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common import video
 from common.envs.aloha import SUCCESS, AlohaConfig, AlohaEnv
-from common.files import tolerant, write_json
-from common.stats import mean_ci95, wilson_ci95
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.render import BatchedRenderer, decimate
 from common.storage import take, to
 
-Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions
-SEED = 10_000  # of evaluations, far from those of training
 FILM_SIZE = 360  # pixels a side of each of the two pictures
 FILM_DETAIL = 0.003  # m, what of the meshes is finer than this is not drawn
 MOST_ENVS = {"fast": 64, "gym-aloha": 2}  # environments at once; the package draws long for those that wait, too
@@ -25,7 +25,6 @@ def plain(cfg: AlohaConfig) -> dict:
     return {field.name: getattr(cfg, field.name) for field in fields(AlohaConfig)}
 
 
-@torch.no_grad()
 def evaluate(
     policy: Policy, cfg: AlohaConfig, device, episodes: int, backend: str = "fast", seed: int = SEED, start_states=None
 ) -> dict:
@@ -45,44 +44,24 @@ def evaluate(
     found = []
     while len(found) * num_envs < episodes:
         obs, _ = envs.reset()
-        waiting = torch.ones(num_envs, dtype=torch.bool, device=envs.device)
-        last = {name: torch.zeros(num_envs, device=envs.device) for name in ("l", *envs.metric_names)}
-        while waiting.any():
-            obs, _, _, _, info = envs.step(policy(to(obs, device)).to(envs.device))
-            ended = waiting & info["_episode"]
-            last = {name: torch.where(ended, info["episode"][name].float(), value) for name, value in last.items()}
-            waiting = waiting & ~ended
-        found.append({name: value.cpu() for name, value in last.items()})
+        found.append(play(policy, envs, obs, device))
     envs.close()
     columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
-    count, hits = len(columns["l"]), int(columns["success"].sum())
-    mean_return, half_width = mean_ci95(columns["mean_reward"] * columns["l"])
     levels = columns["highest_level"].long()
-    return {
-        "episodes": count,
-        "seed": seed,
-        "backend": backend,
-        "success_rate": hits / count,
-        "success_ci95": list(wilson_ci95(hits, count)),
+    result = {"episodes": len(levels), "seed": seed, "backend": backend} | rates(columns, "success")
+    result |= {
         "highest_level": torch.bincount(levels, minlength=SUCCESS + 1).tolist(),
         "mean_highest_level": levels.float().mean().item(),
         "mean_reward": columns["mean_reward"].mean().item(),
-        "mean_return": mean_return,
-        "return_ci95": [mean_return - half_width, mean_return + half_width],
-        "mean_length": columns["l"].mean().item(),
     }
+    return result | mean_return(columns["mean_reward"] * columns["l"]) | {"mean_length": columns["l"].mean().item()}
 
 
 def report(policy: Policy, cfg: AlohaConfig, result: dict, run_dir: Path, name: str, save_video: bool = True):
     """Writes eval/{name}.json and videos/{name}.mp4 into `run_dir`, and prints the main numbers."""
-    with tolerant(f"{name}.json", run_dir / "eval"):
-        write_json(run_dir / "eval" / f"{name}.json", result)
-    low, high = result["success_ci95"]
-    print(
-        f"{name}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%}) of {result['episodes']} episodes "
-        f"({result['backend']}), highest levels 0 to 4 {result['highest_level']}, {result['mean_length']:.0f} steps",
-        flush=True,
-    )
+    levels = f"highest levels 0 to 4 {result['highest_level']}"
+    more = f" ({result['backend']}), {levels}, {result['mean_length']:.0f} steps"
+    save_and_print(result, run_dir, name, more)
     if save_video:
         record_video(policy, cfg, run_dir / "videos" / f"{name}.mp4")
 
@@ -94,13 +73,9 @@ def record_video(policy: Policy, cfg: AlohaConfig, path: str | Path, episodes: i
     Every second step is drawn. Returns the path of the mp4; where nothing can render, says so in one sentence and
     returns None.
     """
-    from common.render import BatchedRenderer, decimate
-    from common.video import find_gl, missing_gl_message, write_mp4
-
-    if find_gl() is None:
-        print(missing_gl_message(), flush=True)
+    if not can_film():
         return None
-    device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
+    device = device_of(policy)
     settings = plain(cfg) | {"env_backend": "fast", "backend": "mujoco", "threads": 1, "critic": "pixels"}
     envs = AlohaEnv(1, "cpu", seed, **settings)
     model = decimate(envs.model, FILM_DETAIL)
@@ -116,11 +91,8 @@ def record_video(policy: Policy, cfg: AlohaConfig, path: str | Path, episodes: i
             steps += 1
             ended += int(info["_episode"])
 
-    try:
-        return write_mp4(path, frames(), envs.metadata["render_fps"] / 2)
-    finally:
-        camera.close()
-        envs.close()
+    with closing(envs), closing(camera):
+        return video.write_mp4(path, frames(), envs.metadata["render_fps"] / 2)
 
 
 def seen(obs, size: int) -> np.ndarray:

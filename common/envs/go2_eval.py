@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from common.envs.go2 import (
     Go2Env,
 )
 from common.envs.go2_config import CONTROL_DT, JOINTS, LEGS, Go2Config, build_model
+from common.evaluation import Policy, can_film, device_of
 from common.files import write_json
 from common.stats import mean_ci95, wilson_ci95
 
-Policy = Callable[[torch.Tensor], torch.Tensor]  # raw observations -> actions
 FOOT_ORDER = tuple(LEGS.index(leg) for leg in ("FL", "FR", "RL", "RR"))
 SETTLE = round(1.0 / CONTROL_DT)  # steps from standing to the commanded velocity that do not count as error
 TRAJECTORY_BATCH = 250  # robots at once in save_trajectories: about 140 MB of memory for 20 s episodes
@@ -158,14 +157,11 @@ def record_video(policy: Policy, cfg: Go2Config, path: str | Path, seconds: floa
     Green is the commanded velocity, orange the measured one, averaged over about a quarter of a second. Returns the
     path of the mp4; where nothing can render, says so in one sentence and returns None.
     """
-    from common.video import Recorder, find_gl, missing_gl_message
+    from common.video import Recorder
 
-    if find_gl() is None:
-        print(missing_gl_message(), flush=True)
+    if not can_film():
         return None
-    device = "cpu"
-    if isinstance(policy, torch.nn.Module):
-        device = next((p.device for p in policy.parameters()), device)
+    device = device_of(policy)
     changes = {
         "resample_seconds": CONTROL_DT,
         "jump_interval": math.inf,

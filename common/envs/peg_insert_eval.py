@@ -1,6 +1,7 @@
 """Evaluation and film of a policy for peg insertion."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +10,15 @@ import torch
 from gymnasium.vector import VectorEnv
 from PIL import Image
 
+from common import video
 from common.envs.peg_insert import PegInsertConfig, PegInsertEnv, build_model
-from common.files import tolerant, write_json
-from common.stats import mean_ci95, wilson_ci95
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.render import BatchedRenderer
+from common.storage import to
 
-Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions
-SEED = 10_000  # of evaluations, far from those of training
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # difficulties that `evaluate_levels` tries
 
 
-@torch.no_grad()
 def evaluate(
     policy: Policy, cfg: PegInsertConfig, device, episodes: int, seed: int = SEED, envs: VectorEnv | None = None
 ) -> dict:
@@ -31,23 +31,12 @@ def evaluate(
     own = envs is None
     if own:
         envs = PegInsertEnv(min(episodes, 128), device, seed, replace(plain(cfg), curriculum=False))
-    num_envs = envs.num_envs
-    found = []
     obs, _ = envs.reset(seed=seed)
-    while len(found) * num_envs < episodes:
-        obs, _, terminated, truncated, info = envs.step(policy(obs))
-        if (terminated | truncated).all():  # time limits, all at the same step
-            found.append({name: value.float().cpu() for name, value in info["episode"].items()})
+    columns = play(policy, envs, obs, device, rounds=-(-episodes // envs.num_envs))
     if own:
         envs.close()
-    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
-    count = len(columns["r"])
-    mean_return, half_width = mean_ci95(columns["r"])
-    result = {"episodes": count, "seed": seed, "difficulty": cfg.difficulty, "mean_return": mean_return}
-    result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
-    for name in ("success", "success_once", "engaged"):
-        hits = int(columns[name].sum())
-        result |= {f"{name}_rate": hits / count, f"{name}_ci95": list(wilson_ci95(hits, count))}
+    result = {"episodes": len(columns["r"]), "seed": seed, "difficulty": cfg.difficulty} | mean_return(columns["r"])
+    result |= rates(columns, "success", "success_once", "engaged")
     if "keypoint_distance" in columns:
         result["keypoint_distance"] = columns["keypoint_distance"].mean().item()
     return result
@@ -70,14 +59,8 @@ def plain(cfg: PegInsertConfig) -> PegInsertConfig:
 
 def report(policy: Policy, cfg: PegInsertConfig, result: dict, run_dir: Path, name: str, save_video: bool = True):
     """Writes eval/{name}.json and videos/{name}.mp4 into `run_dir`, and prints the main numbers."""
-    with tolerant(f"{name}.json", run_dir / "eval"):
-        write_json(run_dir / "eval" / f"{name}.json", result)
-    low, high = result["success_ci95"]
-    print(
-        f"{name}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%}) of {result['episodes']} episodes at "
-        f"difficulty {cfg.difficulty:g}, mean return {result['mean_return']:.1f}",
-        flush=True,
-    )
+    more = f" at difficulty {cfg.difficulty:g}, mean return {result['mean_return']:.1f}"
+    save_and_print(result, run_dir, name, more)
     if save_video:
         record_video(policy, cfg, run_dir / "videos" / f"{name}.mp4")
 
@@ -87,13 +70,9 @@ def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episode
     """Whole episodes of one robot on the CPU from its side camera, in real time, with what it sees and feels beside
     it. Returns the path of the mp4; where nothing can render, says so in one sentence and returns None.
     """
-    from common.render import BatchedRenderer
-    from common.video import find_gl, missing_gl_message, write_mp4
-
-    if find_gl() is None:
-        print(missing_gl_message(), flush=True)
+    if not can_film():
         return None
-    device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
+    device = device_of(policy)
     settings = replace(plain(cfg), backend="mujoco", curriculum=False)
     envs = PegInsertEnv(1, "cpu", seed, settings, physics_threads=1)
     model = build_model(replace(settings, observation="state"), visual=True)
@@ -106,14 +85,10 @@ def record_video(policy: Policy, cfg: PegInsertConfig, path: str | Path, episode
                 field.copy_(getattr(envs.physics, name))
             picture = camera.render(envs.physics.qpos)[0].numpy()
             yield np.concatenate((picture, senses(obs, len(picture))), 1) if isinstance(obs, dict) else picture
-            inputs = {k: v.to(device) for k, v in obs.items()} if isinstance(obs, dict) else obs.to(device)
-            obs, *_ = envs.step(policy(inputs).cpu())
+            obs, *_ = envs.step(policy(to(obs, device)).cpu())
 
-    try:
-        return write_mp4(path, frames(), envs.metadata["render_fps"])
-    finally:
-        camera.close()
-        envs.close()
+    with closing(envs), closing(camera):
+        return video.write_mp4(path, frames(), envs.metadata["render_fps"])
 
 
 def senses(obs: dict, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Evaluation and film of a policy for picking and placing on instruction."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common import video
 from common.envs.pick import ENV_SETTINGS, PickConfig, PickEnv, build_model
-from common.files import tolerant, write_json
-from common.stats import mean_ci95, wilson_ci95
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.render import BatchedRenderer
 from common.storage import to
 
-Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions (num_envs, chunk, 7)
-SEED = 10_000  # of evaluations, far from those of training
 MOST_ENVS = 64  # worlds at once
 FILM_SIZE = 384  # pixels a side of the film's main picture
 
@@ -24,7 +24,6 @@ def plain(cfg: PickConfig) -> PickConfig:
     return PickConfig(**{name: getattr(cfg, name) for name in ENV_SETTINGS})
 
 
-@torch.no_grad()
 def evaluate(policy: Policy, cfg: PickConfig, device, episodes: int, seed: int = SEED, threads: int = 0) -> dict:
     """Success, return and length of `policy` in at least `episodes` fresh episodes at `cfg.difficulty`.
 
@@ -38,46 +37,23 @@ def evaluate(policy: Policy, cfg: PickConfig, device, episodes: int, seed: int =
     found = []
     while len(found) * num_envs < episodes:
         obs, _ = envs.reset()
-        kind = envs.put.float()
-        waiting = torch.ones(num_envs, dtype=torch.bool, device=envs.device)
-        last = {name: torch.zeros(num_envs, device=envs.device) for name in ("r", "l", *envs.metric_names)}
-        while waiting.any():
-            obs, _, _, _, info = envs.step(policy(to(obs, device)).to(envs.device))
-            ended = waiting & info["_episode"]
-            last = {name: torch.where(ended, info["episode"][name].float(), value) for name, value in last.items()}
-            waiting = waiting & ~ended
-        found.append({name: value.cpu() for name, value in last.items()} | {"put": kind.cpu()})
+        found.append({"put": envs.put.cpu()} | play(policy, envs, obs, device))
     envs.close()
     columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
-    count, put = len(columns["r"]), columns["put"] > 0
-    mean_return, half_width = mean_ci95(columns["r"])
-    result = {"episodes": count, "seed": seed, "difficulty": cfg.difficulty, "mean_return": mean_return}
-    result |= {"return_ci95": [mean_return - half_width, mean_return + half_width]}
-    result |= {"mean_length": columns["l"].mean().item()}
-    for name in ("success", "grasped", "wrong_cube"):
-        result |= _rate(name, columns[name])
+    put = columns["put"]
+    result = {"episodes": len(put), "seed": seed, "difficulty": cfg.difficulty} | mean_return(columns["r"])
+    result |= {"mean_length": columns["l"].mean().item()} | rates(columns, "success", "grasped", "wrong_cube")
     for name, rows in (("pick", ~put), ("put", put)):
         if rows.any():
-            result |= {f"{name}_episodes": int(rows.sum())} | _rate(name, columns["success"][rows])
+            result |= {f"{name}_episodes": int(rows.sum())} | rates({name: columns["success"][rows]}, name)
     return result
-
-
-def _rate(name: str, hits: torch.Tensor) -> dict:
-    count = int(hits.sum())
-    return {f"{name}_rate": count / len(hits), f"{name}_ci95": list(wilson_ci95(count, len(hits)))}
 
 
 def report(policy: Policy, cfg: PickConfig, result: dict, run_dir: Path, name: str, save_video: bool = True):
     """Writes eval/{name}.json and videos/{name}.mp4 into `run_dir`, and prints the main numbers."""
-    with tolerant(f"{name}.json", run_dir / "eval"):
-        write_json(run_dir / "eval" / f"{name}.json", result)
-    low, high = result["success_ci95"]
     kinds = ", ".join(f"{kind} {result[f'{kind}_rate']:.1%}" for kind in ("pick", "put") if f"{kind}_rate" in result)
-    print(
-        f"{name}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%}) of {result['episodes']} episodes at "
-        f"difficulty {cfg.difficulty:g} ({kinds}), {result['mean_length']:.0f} control steps",
-        flush=True,
-    )
+    more = f" at difficulty {cfg.difficulty:g} ({kinds}), {result['mean_length']:.0f} control steps"
+    save_and_print(result, run_dir, name, more)
     if save_video:
         record_video(policy, cfg, run_dir / "videos" / f"{name}.mp4")
 
@@ -89,13 +65,9 @@ def record_video(policy: Policy, cfg: PickConfig, path: str | Path, episodes: in
     The actions of a chunk are executed one by one, so that the film has all that lies between two observations.
     Returns the path of the mp4; where nothing can render, says so in one sentence and returns None.
     """
-    from common.render import BatchedRenderer
-    from common.video import find_gl, missing_gl_message, write_mp4
-
-    if find_gl() is None:
-        print(missing_gl_message(), flush=True)
+    if not can_film():
         return None
-    device = next((p.device for p in policy.parameters()), "cpu") if isinstance(policy, torch.nn.Module) else "cpu"
+    device = device_of(policy)
     settings = replace(plain(cfg), backend="mujoco", chunk=1)
     envs = PickEnv(1, "cpu", seed, settings, physics_threads=1)
     model, per_world = build_model(settings, visual=True), ("geom_rgba", "mocap_pos")
@@ -116,11 +88,8 @@ def record_video(policy: Policy, cfg: PickConfig, path: str | Path, episodes: in
                     ended += 1
                     break
 
-    try:
-        return write_mp4(path, frames(), envs.metadata["render_fps"])
-    finally:
-        camera.close()
-        envs.close()
+    with closing(envs), closing(camera):
+        return video.write_mp4(path, frames(), envs.metadata["render_fps"])
 
 
 def written(picture: np.ndarray, line: str) -> np.ndarray:

@@ -39,6 +39,10 @@ HELD_FORCE = 1.0  # N of each finger
 HELD_SPEED = 0.05  # m/s, fingers that still move are on their way
 LIFTED = 0.05  # m above where it rested: the reward for lifting is complete
 SUCCESS_DISTANCE = 0.025  # m from the goal
+# What the task `place` adds, in the manner of ManiSkill's StackCube: at rest, and let go of.
+PLACE_DISTANCE = 0.1  # m, at least, from where the object lies to its goal
+AWAY = 0.05  # m from the hand to where it grasped: no hand that holds anything is that far
+STILL = 0.05  # m/s, below which the object is at rest
 TERMS = {"reach": 0.15, "grasp": 0.1, "lift": 0.15, "place": 0.3, "success": 0.3}  # weights of the dense reward
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 MASSES = ("body_mass", "body_inertia", "body_subtreemass")  # proportional to the object's mass, and the inverse of it:
@@ -68,7 +72,8 @@ class Real2SimEnv(VectorEnv):
     Action (num_envs, 9), clipped to -1 to 1: by how much the targets of the seven joints move, in units of JOINT_STEP,
     and those of the two fingers, in units of FINGER_STEP (positive: open). Observation: see `observe`. An episode is
     terminated where the object falls off the table (not with the sparse reward, where that would end a punishment).
-    `info["object"]` (num_envs,): which of the objects each environment had.
+    With the task `hold` success is the object within SUCCESS_DISTANCE of a goal in the air, with `place` of one on the
+    table, at rest and with the hand away. `info["object"]` (num_envs,): which of the objects each environment had.
 
     A task of your own: subclass, and override `reward` or `observe`. Raises ValueError for settings that do not fit.
     """
@@ -128,6 +133,7 @@ class Real2SimEnv(VectorEnv):
         self.episode_length = torch.zeros(N, dtype=torch.long, device=self.device)
         self.phase = torch.zeros_like(self.episode_length)  # the episode length at reset
         self.succeeded = torch.zeros(N, dtype=torch.bool, device=self.device)
+        self.lifted = torch.zeros_like(self.succeeded)  # held above LIFTED at some moment of the episode
         self.totals = zeros(1 + len(TERMS), N)  # sums over the episode: return and its terms
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
@@ -142,7 +148,7 @@ class Real2SimEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     BUFFERS = ("action", "target", "goal", "variant", "poses", "age", "look", "episode_length", "phase", "succeeded")
-    BUFFERS += ("totals", "nan_resets")
+    BUFFERS += ("lifted", "totals", "nan_resets")
 
     def _init_physics(self, backend: str, physics_threads: int):
         """Worlds whose own are the fields in which variants differ or that are randomised."""
@@ -212,6 +218,7 @@ class Real2SimEnv(VectorEnv):
         reward = torch.where(finite, reward, 0.0)
         self.totals = self.totals + torch.where(finite, torch.cat((reward[None], terms)), 0.0)
         self.succeeded = self.succeeded | (self.at_goal & finite)
+        self.lifted = self.lifted | (self.held & (self.object[:, 2] > self.rest_height + LIFTED))
         terminated = ~finite
         if self.cfg.reward != "sparse":
             terminated = terminated | self.fallen
@@ -234,13 +241,13 @@ class Real2SimEnv(VectorEnv):
         length = self.episode_length - self.phase
         episode = {"r": self.totals[0], "l": length, "success": (self.at_goal & finite).float()}
         episode |= {"success_once": self.succeeded.float(), "fallen": (self.fallen & finite).float()}
-        episode |= {"goal_distance": torch.where(finite, self.goal_distance, 0.0)}
+        episode |= {"lifted": self.lifted.float(), "goal_distance": torch.where(finite, self.goal_distance, 0.0)}
         return episode | {f"reward_{name}": self.totals[1 + i] / length for i, name in enumerate(TERMS)}
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The environment's own entries of `info["episode"]`."""
-        return ("success", "success_once", "fallen", "goal_distance", *(f"reward_{name}" for name in TERMS))
+        return ("success", "success_once", "fallen", "lifted", "goal_distance", *(f"reward_{name}" for name in TERMS))
 
     def state_dict(self) -> dict:
         """Everything exact resume needs: physics, buffers and the random generator."""
@@ -284,6 +291,10 @@ class Real2SimEnv(VectorEnv):
         fingers, speed = q[:, 7:], qd[:, 7:]
         force = self._gain * (fingers - self.target[rows, 7:]) + self._damping * speed  # N, of the servos, closing
         held = ((force > HELD_FORCE) & (speed.abs() < HELD_SPEED)).all(1)  # only an object stops both
+        at_goal = goal_distance < SUCCESS_DISTANCE
+        if self.cfg.task == "place":
+            away = (grasp_point - tcp).norm(dim=1) > AWAY
+            at_goal = at_goal & away & (qvel[:, 9:12].norm(dim=1) < STILL)
         xy = position[:, :2]
         return {
             "q": q,
@@ -297,7 +308,7 @@ class Real2SimEnv(VectorEnv):
             "to_object": grasp_point - tcp,
             "to_goal": to_goal,
             "goal_distance": goal_distance,
-            "at_goal": goal_distance < SUCCESS_DISTANCE,
+            "at_goal": at_goal,
             "rest_height": self._rest_heights[variant],
             "held": held,
             "fallen": ((xy < self._table_min) | (xy > self._table_max)).any(1),
@@ -360,9 +371,19 @@ class Real2SimEnv(VectorEnv):
         down = (-self.hand_rotation[:, 2, 2]).clamp(0, 1)  # 1 where the hand points down
         reach = (1 - torch.tanh(5 * self.to_object.norm(dim=1))) * down
         # Held or not, and nothing for a hand that opens or closes: SAC took three times as long with such a term.
-        lift = ((self.object[:, 2] - self.rest_height) / LIFTED).clamp(0, 1) * held
-        place = (1 - torch.tanh(5 * self.goal_distance)) * held
-        return torch.stack((reach, held, lift, place, self.at_goal.float()))
+        height = self.object[:, 2] - self.rest_height
+        place = 1 - torch.tanh(5 * self.goal_distance)
+        if self.cfg.task == "hold":
+            lift = (height / LIFTED).clamp(0, 1)
+            return torch.stack((reach, held, lift * held, place * held, self.at_goal.float()))
+        # High on the way, low near the goal; and where the object is in its place, all is paid without the hand.
+        wanted = LIFTED * (self.to_goal[:, :2].norm(dim=1) / PLACE_DISTANCE).clamp(0, 1)
+        lift = 1 - (wanted - height).clamp(0, LIFTED) / LIFTED
+        terms = torch.stack((reach, held, lift * held, place * held))
+        there = self.goal_distance < SUCCESS_DISTANCE
+        terms = torch.where(there, torch.stack((torch.ones_like(place),) * 3 + (place,)), terms)
+        leaving = 0.5 * there * (self.to_object.norm(dim=1) / AWAY).clamp(0, 1)
+        return torch.cat((terms, torch.where(self.at_goal, 1.0, leaving)[None]))
 
     def reward(self, terms: torch.Tensor) -> torch.Tensor:
         """(num_envs,), of `terms` (terms, num_envs) from 0 to 1 in the order of TERMS, or of any state there is."""
@@ -380,7 +401,7 @@ class Real2SimEnv(VectorEnv):
     # --- resets
 
     def _reset(self, mask: torch.Tensor):
-        """Begins an episode where `mask`: the hand open over the table, an object on it, a goal in the air."""
+        """Begins an episode where `mask`: the hand open over the table, an object on it, a goal elsewhere."""
         N, cfg = self.num_envs, self.cfg
         count = len(self.variants.models)
         variant = torch.randint(count, (N,), generator=self.generator, device=self.device)
@@ -389,7 +410,12 @@ class Real2SimEnv(VectorEnv):
         half_yaw = 0.5 * cfg.object_yaw * self._uniform(N)
         low, high = cfg.goal_height
         goal = self._centre + self._goal_area * self._uniform(N, 2)
-        goal = torch.cat((goal, self._uniform(N, 1, low=low, high=high)), 1)
+        height = self._uniform(N, 1, low=low, high=high)
+        if cfg.task == "place":
+            way = goal - xy
+            goal = xy + way * (PLACE_DISTANCE / way.norm(dim=1, keepdim=True).clamp(min=1e-6)).clamp(min=1)
+            height = self._rest_heights[variant][:, None]
+        goal = torch.cat((goal, height), 1)
         age = torch.randint(cfg.delay[0], cfg.delay[1] + 1, (N,), generator=self.generator, device=self.device)
         look = self._uniform(N, self.look.shape[1])
         zero = torch.zeros_like(half_yaw)
@@ -399,7 +425,7 @@ class Real2SimEnv(VectorEnv):
         for name, value in (("variant", variant), ("goal", goal), ("target", q), ("age", age), ("look", look)):
             setattr(self, name, _where(mask, value, getattr(self, name)))
         self.poses = torch.where(mask[:, None], qpos[:, 9:], self.poses)
-        for name in ("action", "episode_length", "phase", "succeeded"):
+        for name in ("action", "episode_length", "phase", "succeeded", "lifted"):
             old = getattr(self, name)
             setattr(self, name, old.masked_fill(mask.view(-1, *[1] * (old.dim() - 1)), 0))
         self.totals = self.totals.masked_fill(mask, 0.0)

@@ -28,6 +28,8 @@ class Real2SimConfig:
     """units of the scans; auto: metres or mm, whichever is a size for a hand, else 10 cm for the largest side"""
     density: float = 1000.0
     """of the objects (kg/m3)"""
+    task: Literal["hold", "place"] = "hold"
+    """hold: bring the object to a goal in the air; place: set it down at a goal on the table, and take the hand away"""
     observation: Literal["compact", "full", "rgb"] = "compact"
     """compact: 25 numbers, without the joints' state; full: 58, with it; rgb: a picture, and the robot's own state"""
     image_size: int = 64
@@ -43,9 +45,9 @@ class Real2SimConfig:
     object_yaw: float = 0.785
     """the object is turned by up to this about the vertical (rad)"""
     goal_area: tuple[float, float] = (0.1, 0.15)
-    """half widths along x and y of the volume of goals (m)"""
+    """half widths along x and y of the volume, or for place the area, of goals (m)"""
     goal_height: tuple[float, float] = (0.1, 0.25)
-    """lowest and highest goal of the object's centre above the table (m)"""
+    """hold: lowest and highest goal of the object's centre above the table (m)"""
     object_size: tuple[float, float] = (1.0, 1.0)
     """range of the factor on the object's size, of which eight are made"""
     object_stretch: float = 0.0
