@@ -214,6 +214,23 @@ def test_frame_stack(make):
 
 
 @needs_gl
+@pytest.mark.parametrize("frame_stack", [1, 2])
+def test_who_is_not_watched_is_not_drawn(make, frame_stack):
+    """Neither in a step nor where its episode begins; the others look as they would."""
+    config = {"obs_type": "pixels", "episode_steps": 3, "frame_stack": frame_stack}
+    env, all_seen = make(3, **config), make(3, **config)
+    before, _ = env.reset(seed=5)
+    all_seen.reset(seed=5)
+    env.watched, drawn = torch.tensor([True, False, True]), []
+    render = env.renderer.render
+    env.renderer.render = lambda qpos, rows: (drawn.extend(rows.tolist()), render(qpos, rows))[1]
+    for action in actions(4, 3):
+        obs, theirs = env.step(action)[0], all_seen.step(action)[0]
+        assert torch.equal(obs[[0, 2]], theirs[[0, 2]]) and torch.equal(obs[1], before[1])
+    assert set(drawn) == {0, 2}
+
+
+@needs_gl
 def test_crop_is_a_part_of_the_whole_picture(make):
     whole = make(obs_type="pixels", crop=(0, 0, 1, 1), image_height=240, image_width=320, mesh_detail=0)
     part = make(obs_type="pixels", crop=(0.25, 0.5, 0.75, 0.75), image_height=60, image_width=160, mesh_detail=0)

@@ -301,6 +301,7 @@ class Race:
     """World 0 succeeds in every second step, world 1 never within the five steps of an episode."""
 
     num_envs, device, metric_names = 2, "cpu", ("success", "highest_level", "mean_reward")
+    watching = []
 
     def __init__(self, num_envs, device, seed, **settings):
         assert num_envs == 2 and settings["reward"] == "sparse" and settings["env_backend"] == "fast"
@@ -312,6 +313,7 @@ class Race:
 
     def step(self, actions):
         self.clock += 1
+        self.watching.append(self.watched.tolist())
         success = torch.tensor([self.clock % 2 == 0, False])
         done = success | torch.tensor([False, self.clock % 5 == 0])
         episode = {"l": torch.tensor([2, 5]), "success": success.float(), "highest_level": torch.tensor([4.0, 1.0])}
@@ -325,7 +327,9 @@ class Race:
 def test_every_world_counts_once_a_round_on_the_packages_reward(monkeypatch):
     monkeypatch.setattr(aloha_eval, "AlohaEnv", Race)
     monkeypatch.setitem(aloha_eval.MOST_ENVS, "fast", 2)
+    monkeypatch.setattr(Race, "watching", [])
     result = aloha_eval.evaluate(lambda obs: obs, AlohaConfig(reward="progress"), "cpu", 5)
+    assert Race.watching == 3 * (2 * [[True, True]] + 3 * [[False, True]])
     assert result["episodes"] == 6 and result["success_rate"] == 0.5
     assert result["highest_level"] == [0, 3, 0, 0, 3] and result["mean_highest_level"] == 2.5
     assert result["mean_return"] == pytest.approx((2 * 2.0 + 5 * 0.2) / 2) and result["mean_length"] == 3.5

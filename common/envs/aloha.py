@@ -241,6 +241,7 @@ class AlohaEnv(VectorEnv):
         self.frames = torch.zeros(N, *pixels, dtype=torch.uint8, device=self.device)
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
+        self.watched = self._everyone  # until the next reset only these are drawn; others show their last picture
 
     BUFFERS = ("target", "level", "highest_level", "potential", "episode_length", "phase", "totals", "frames")
     BUFFERS += ("nan_resets",)
@@ -272,6 +273,7 @@ class AlohaEnv(VectorEnv):
         """Starts all episodes; `options={"random_phase": True}` spreads their ages over the time limit."""
         if seed is not None:
             self.generator.manual_seed(seed)
+        self.watched = self._everyone
         self._reset(self._everyone)
         if options and options.get("random_phase"):
             self.phase = (self._uniform(self.num_envs) * self.cfg.episode_steps).long()
@@ -432,7 +434,7 @@ class AlohaEnv(VectorEnv):
             obs["state"] = torch.cat((agent_pos, joint_vel, qpos[:, 16:]), 1).float()
         if cfg.obs_type == "state":
             return obs["state"]
-        rows = (new if refresh else self._everyone).nonzero().flatten()
+        rows = (new & self.watched if refresh else self.watched).nonzero().flatten()
         pictures = self._pictures(rows)
         self.frames = self.frames.clone() if refresh else torch.cat((self.frames[..., 3:], self.frames[..., :3]), -1)
         self.frames[rows, ..., -3:] = pictures
