@@ -21,22 +21,20 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, demos, distributed, gr00t
+from common import checkpoint, cli, demos, distributed, gr00t, gr00t_network
 from common.cuda_graph import CudaGraph
-from common.envs.pick import ENV_SETTINGS, INSTRUCTIONS, PickConfig, PickEnv
-from common.envs.pick_eval import evaluate, record_video, report
-from common.envs.pick_expert import Expert
+from common.demos import DemosConfig
+from common.envs.pick import ENV_SETTINGS, PickConfig
+from common.envs.vla import SENTENCES, evaluate, expert, make, record_video, report
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.gr00t_network import PARTS, Network
+from common.gr00t_network import TUNE, Gr00tConfig, Network, stage_at, stages
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, take, to, zeros_like
 
 SCRIPT = "ppo_gr00t"
-TUNE = {"lora": ["lora"], "projector": ["projector"], "dit": ["dit"], "head": ["projector", "dit", "adapter"]}
-TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
@@ -57,30 +55,14 @@ PRESETS = {
 
 
 @dataclass
-class Args(cli.RunArgs, PickConfig):
+class Args(cli.RunArgs, PickConfig, Gr00tConfig, DemosConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: mlp with --policy mlp or without GR00T's packages, gpu on a GPU, residual with --policy
     gaussian-residual, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
-    env_id: str = "Pick-v0"  # task: so far this one alone
+    env_id: Literal[*SENTENCES] = "Pick-v0"  # name of the task
     policy: Literal["gr00t", "gaussian-residual", "mlp"] = "gr00t"
     """gr00t: PPO on the flow itself; gaussian-residual: on a Gaussian around the frozen flow's action; mlp: no GR00T"""
-    model: str = "tiny"
-    """GR00T's weights: tiny (random, of the real classes), a folder, or a name on the hub; --model-path sets it too"""
-    embodiment: str = "new_embodiment"  # the slot of the model that learns the robot, by name or number
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """what the network runs in (autocast) and frozen weights are kept in; what is trained, and all sums, in float32"""
-    tune: Literal[*TUNE] = "head"
-    """what PPO trains beside the critic: projector: encoders and decoder of state and action; dit: the DiT; head: both
-    and the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of
-    the language model and the vision model"""
-    unfreeze_schedule: tuple[str, ...] = ()
-    """in place of --tune: parts and the iterations at which they begin to learn, such as critic:0 lora:2 dit:50"""
-    lora_rank: int = 16  # rank of the low-rank adapters
-    llm_layers: int = 2  # how many of the top layers of the language model belong to the part llm
-    gradient_checkpointing: bool = False  # compute the activations of the head's blocks twice to save memory
-    memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
-
     sde_steps: Literal["one", "last", "all"] = "one"
     """which steps of the integration have noise: one drawn at random for each chunk, the last, or all, at K times the
     price"""
@@ -88,11 +70,6 @@ class Args(cli.RunArgs, PickConfig):
     noise_correlation: float = 0.0  # of the noise of a chunk's actions; independent one averages out over the chunk
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
-    demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
-    demo_noise: float = 0.0  # standard deviation of noise on what the expert does, but not on what is cloned
-    bc_steps: int = 400  # updates of that warm start
-    bc_batch: int = 64  # chunks in each of them
-    bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
     bc_tune: Literal[*TUNE] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_hidden: tuple[int, ...] = (128, 128)  # widths of GR00T's critic; at full size 2048 1024 512, which is 10M
@@ -206,8 +183,13 @@ class FlowAgent(nn.Module):
         super().__init__()
         spaces = envs.single_observation_space.spaces
         learns = {*sum(stages(args).values(), TUNE[args.bc_tune])}
-        self.network = net = Network(args, spaces, envs.single_action_space.shape, INSTRUCTIONS, learns)
-        self.critic = mlp(net.feature_dim, args.critic_hidden, 1, 1.0, activation=nn.ReLU)  # detail 13: on its features
+        self.network = net = Network(args, spaces, envs.single_action_space.shape, SENTENCES[args.env_id], learns)
+        privileged = spaces["privileged"].shape[0] if "privileged" in spaces else 0
+        self.stats = (
+            RunningMeanStd(privileged, 1e-5) if privileged else None
+        )  # detail 28: of what the critic alone sees
+        # detail 13: a critic on the features of the policy
+        self.critic = mlp(net.feature_dim + privileged, args.critic_hidden, 1, 1.0, activation=nn.ReLU)
         self.num_flow_steps = net.num_flow_steps  # K
         self.sde_steps = args.sde_steps
         self.generator = None  # of the noise from which the model's own actions are integrated; None: torch's
@@ -309,21 +291,25 @@ class FlowAgent(nn.Module):
 
     # --- what PPO asks of an agent
 
+    def value(self, context, obs):
+        embedding = self.network.embedding(context, obs)
+        return self.critic(torch.cat((embedding, obs["privileged"]), 1) if self.stats else embedding).squeeze(-1)
+
     def get_value(self, obs):
-        return self.critic(self.network.embedding(self.network.context(obs), obs)).squeeze(-1)
+        return self.value(self.network.context(obs), obs)
 
     def get_action_and_value(self, obs, action=None):
         action = self.sample(obs) if action is None else action
         context = self.network.context(obs)
         dist = self.get_dist(context, obs, action)
-        value = self.critic(self.network.embedding(context, obs)).squeeze(-1)
-        return action, *self.log_prob_and_entropy(dist, action), value, dist
+        return action, *self.log_prob_and_entropy(dist, action), self.value(context, obs), dist
 
-    def normalise(self, obs):  # `encode` has done it
-        return obs
+    def normalise(self, obs):  # the rest `encode` has done
+        return obs | {"privileged": self.stats(obs["privileged"])} if self.stats else obs
 
     def update_stats(self, obs):
-        pass
+        if self.stats:
+            self.stats.update(obs["privileged"])
 
     def std(self):
         return self.step_std
@@ -355,7 +341,7 @@ class Agent(nn.Module):
         self.flow = flow
         self.action_shape = envs.single_action_space.shape
         n = math.prod(self.action_shape)
-        space, init_std = envs.single_observation_space, args.init_std
+        space, init_std, privileged = envs.single_observation_space, args.init_std, 0
         if flow is None:
             width = space.shape[0]
             self.stats = RunningMeanStd(width, 1e-5) if args.norm_obs else None  # detail 28: observation normalisation
@@ -363,8 +349,9 @@ class Agent(nn.Module):
             flow.requires_grad_(False)
             width = flow.network.feature_dim + flow.network.state_dim + n
             n = flow.network.action_dim
-            self.stats, init_std = None, args.residual_std
-        self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
+            self.stats, init_std = flow.stats, args.residual_std
+            privileged = len(self.stats.mean) if self.stats else 0
+        self.critic = mlp(width + privileged, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, n, 0.01, activation=nn.ELU)  # detail 26: separate MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
         self.actor_logstd = nn.Parameter(torch.full((n,), math.log(init_std)))
@@ -381,13 +368,18 @@ class Agent(nn.Module):
         action = self.flow.flow_action(context, encoded["state"])
         state = encoded["state"][:, 0, : net.state_dim]
         embedding = torch.cat((net.embedding(context, encoded), state, action.flatten(1)), 1)
-        return {"embedding": embedding, "action": action}
+        privileged = {"privileged": encoded["privileged"]} if self.stats else {}
+        return {"embedding": embedding, "action": action} | privileged
 
     def normalise(self, obs):
-        return obs if self.stats is None else self.stats(obs)
+        if self.flow:
+            return self.flow.normalise(obs)
+        return self.stats(obs) if self.stats else obs
 
     def update_stats(self, obs):
-        if self.stats is not None:
+        if self.flow:
+            self.flow.update_stats(obs)
+        elif self.stats:
             self.stats.update(obs)
 
     def std(self):  # (action_dim,)
@@ -398,7 +390,9 @@ class Agent(nn.Module):
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
     def get_value(self, obs):  # (batch, obs_dim) or a dict -> (batch,)
-        return self.critic(obs["embedding"] if self.flow else obs).squeeze(-1)
+        if self.flow:
+            obs = torch.cat([obs[name] for name in ("embedding", "privileged") if name in obs], 1)
+        return self.critic(obs).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
@@ -436,20 +430,6 @@ def make_agent(envs, args: Args):
         return Agent(envs, args), None
     flow = FlowAgent(envs, args)
     return (flow if args.policy == "gr00t" else Agent(envs, args, flow)), flow
-
-
-def stages(args: Args) -> dict[int, list[str]]:
-    """{iteration: the parts of PARTS that learn from there on}, of --unfreeze-schedule or else of --tune."""
-    if not args.unfreeze_schedule:
-        return {0: ["critic", *TUNE[args.tune]]}
-    begins = {}
-    for entry in args.unfreeze_schedule:
-        name, _, iteration = entry.partition(":")
-        takes = f"part:iteration, with the parts {', '.join(PARTS)}, such as critic:0 dit:20"
-        cli.check(name in PARTS and iteration.isdecimal(), f"--unfreeze-schedule got {entry!r}; it takes {takes}")
-        begins[name] = int(iteration)
-    cli.check("critic" in begins and not begins["critic"], "--unfreeze-schedule takes critic:0 among its entries")
-    return {at: [name for name in begins if begins[name] <= at] for at in sorted(set(begins.values()))}
 
 
 # === gae ===
@@ -545,35 +525,17 @@ def flow_matching_loss(flow: FlowAgent, obs, actions):
 
 def clone_expert(flow, args, envs, interrupt):
     """The warm start: demonstrations, their statistics, and --bc-steps of flow matching. Gives what was done."""
-    device = envs.device
-    start = said = time.time()
+    start = time.time()
     number = math.ceil(args.demos / args.ranks)
-    data = to(demos.collect(envs, Expert(), number, args.demo_noise, interrupt), device)
+    data = to(demos.collect(envs, expert(args, envs.device), number, args.demo_noise, interrupt), envs.device)
     flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
-    learning_rate = torch.tensor(args.bc_learning_rate, device=device)
-    optimizer = FlatAdam(flow.parameters(), learning_rate)
-    meter = Meter()
-    size = max(1, args.bc_batch // args.ranks)
-    for step in range(args.bc_steps):
-        progress = step / args.bc_steps
-        fall = 0.55 + 0.45 * math.cos(math.pi * progress)
-        learning_rate.fill_(args.bc_learning_rate * fall * min(1, (step + 1) / 50))
-        minibatch = take(data, torch.randint(len(data["actions"]), (size,), device=device))
-        obs = flow.encode(minibatch["obs"])
-        loss = flow_matching_loss(flow, obs, flow.network.normalise_action(minibatch["actions"]))
-        optimizer.compute_gradients(loss)
-        optimizer.all_reduce()
-        optimizer.clip_gradients(args.max_grad_norm)
-        optimizer.step()
-        meter.add({"loss": loss.detach()})
-        if distributed.any_rank(time.time() - said > 15 or step + 1 == args.bc_steps, device):
-            said = time.time()
-            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warm start, {step + 1} of {args.bc_steps} updates: {found}", flush=True)
-        if distributed.any_rank(interrupt, device):
-            break
+
+    def loss_of(minibatch):
+        actions = flow.network.normalise_action(minibatch["actions"])
+        return flow_matching_loss(flow, flow.encode(minibatch["obs"]), actions)
+
+    demos.clone(loss_of, flow.parameters(), data, args, interrupt)
     return {"demos": args.demos, "bc_steps": args.bc_steps, "warm_start_minutes": (time.time() - start) / 60}
 
 
@@ -599,40 +561,40 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_ranges(args)
-    cli.check_flag(args, args.env_id == "Pick-v0", "env_id", "Pick-v0")
+    demos.check(args)
+    cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
     cli.check_compiler(args)
-    for name in ("lora_rank", "llm_layers", "bc_steps", "bc_batch", "bc_learning_rate", "memory_limit", "residual_std"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
     cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
-    for name in ("noise_level", "demos", "demo_noise", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    for name in ("noise_level", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
-    stages(args)
+    gr00t_network.check_flags(args)
     if args.policy == "mlp":
         cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
         what = "state; --policy mlp sees no pictures"
         cli.check_flag(args, args.observation == "state", "observation", what)
     else:
-        absent = gr00t.missing()
-        cli.check(not absent, f"--policy {args.policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+        gr00t_network.check_installed(args.policy)
         cli.check_flag(args, args.observation == "images", "observation", f"images with --policy {args.policy}")
         cli.check_flag(args, args.noise_level > 0, "noise_level", "a number above 0, or PPO has nothing to weigh")
         cli.check_flag(args, args.chunk > 1, "chunk", "2 or more with GR00T, whose actions are chunks")
         cli.check(not args.compile and not args.cuda_graphs, "--compile and --cuda-graphs take --policy mlp")
     if os.environ.get("RANK", "0") == "0":
         try:
-            PickEnv(1, args.device, cfg=args, physics_threads=1).close()
+            make(args, 1, args.device, threads=1).close()
         except ValueError as error:
             cli.fail(str(error))
 
 
 def learn_task(flow, args, envs, interrupt) -> dict:
     """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
-    known = gr00t.read_statistics(args.model, args.embodiment)
-    if known:
-        flow.network.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
+    known = flow.network.read_ranges(args.model, args.embodiment)
     if known.get("task") == args.env_id:
         print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
+        return {}
+    if not known and expert(args, "cpu") is None:
+        flow.network.set_ranges(**demos.ranges(to(demos.wander(envs), envs.device)))
         return {}
     lacks = f"--model got {args.model!r}, which has no statistics of states and actions"
     cli.check(known or args.demos, f"{lacks}; give --demos N, from which they are taken")
@@ -640,14 +602,9 @@ def learn_task(flow, args, envs, interrupt) -> dict:
         return {}
     done = clone_expert(flow, args, envs, interrupt)
     if os.environ.get("RANK", "0") == "0":
-        folder = Path(args.log_dir) / "warm_start"
-        with tolerant("the warm start", folder):
-            gr00t.save(gr00t.merged(flow.network.model), folder, flow.network.ranges(), args.env_id)
+        with tolerant("the warm start", Path(args.log_dir)):
+            flow.network.save(Path(args.log_dir) / "warm_start", args.env_id)
     return done
-
-
-def stage_at(parts_by_iteration: dict[int, list[str]], iteration: int) -> int:
-    return max(at for at in parts_by_iteration if at <= max(0, iteration))
 
 
 def main(args: Args):
@@ -661,7 +618,7 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
-    envs = PickEnv(N, device, seed, cfg=args, physics_threads=distributed.cores_per_rank())
+    envs = make(args, N, device, seed, distributed.cores_per_rank())
 
     # --- agent
     agent, flow = make_agent(envs, args)
@@ -888,7 +845,7 @@ def main(args: Args):
             if flow is None:
                 checkpoint.export_onnx(agent, to(take(next_obs, slice(0, 1)), "cpu"), run.dir / "policy.onnx")
             elif agent is flow:
-                gr00t.save(gr00t.merged(flow.network.model), run.dir / "gr00t", flow.network.ranges(), args.env_id)
+                flow.network.save(run.dir / "gr00t", args.env_id)
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
         with tolerant("the final evaluation", run.dir, saved):
@@ -914,7 +871,7 @@ def evaluate_checkpoint(args: Args):
     """--eval-only: metrics and video of --model-path."""
     state = checkpoint.load(args.model_path, SCRIPT)
     path, run_dir = Path(args.model_path), Path(args.log_dir)
-    envs = PickEnv(1, args.device, cfg=args)
+    envs = make(args, 1, args.device)
     agent, _ = make_agent(envs, args)
     agent.to(args.device)
     checkpoint.load_agent(agent, state, "--model-path")

@@ -53,16 +53,18 @@ CLEANRL_PATCHES = (
 )
 
 
-def cleanrl_script(path: Path, folder: Path) -> tuple[Path, dict]:
-    """(a copy of CleanRL's script `path` in `folder` with the patches, what to say of it in a result file)."""
-    cli.check(path.is_file(), f"--cleanrl got {str(path)!r}; it takes the file cleanrl/ppo_continuous_action.py")
+def cleanrl_script(path: Path, folder: Path, name="ppo_continuous_action.py", patches=CLEANRL_PATCHES):
+    """(a copy of CleanRL's script `path`, which is its `name`, in `folder` with the patches, and what to say of it in a
+    result file).
+    """
+    cli.check(path.is_file(), f"--cleanrl got {str(path)!r}; it takes the file cleanrl/{name}")
     source = path.read_text()
-    about = {"sha256": hashlib.sha256(source.encode()).hexdigest(), "patches": [why for *_, why in CLEANRL_PATCHES]}
-    for old, new, why in CLEANRL_PATCHES:
+    about = {"sha256": hashlib.sha256(source.encode()).hexdigest(), "patches": [why for *_, why in patches]}
+    for old, new, why in patches:
         cli.check(source.count(old) == 1, f"--cleanrl got {str(path)!r}, of another version: no place to patch: {why}")
         source = source.replace(old, new)
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / "ppo_continuous_action.py"
+    copy = folder / name
     copy.write_text(source)
     return copy, about
 

@@ -146,7 +146,7 @@ def write(args, name: str, seeds: list[int], num_envs, began: float, figures: di
     for flag in ("--out", "--runs", "--run"):  # they change no figure
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    for flag in ("--cleanrl", "--sb3"):  # where a peer lies is of no interest
+    for flag in ("--cleanrl", "--sb3", "--resume"):  # where these lie is of no interest
         if flag in words:
             words[words.index(flag) + 1] = Path(words[words.index(flag) + 1]).name
     info = run_info()

@@ -4,12 +4,15 @@
 so threads do for it what processes would. `warp` is MuJoCo Warp's ray tracer: all worlds in one launch, on any device.
 """
 
+import atexit
 import contextlib
 import copy
 import importlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import mujoco
 import numpy as np
@@ -120,8 +123,7 @@ class BatchedRenderer:
         self._painters = []
 
     def __del__(self):
-        with contextlib.suppress(RuntimeError):  # at the end of the process the threads are gone before this
-            self.close()
+        self.close()
 
     # --- OpenGL
 
@@ -208,8 +210,47 @@ class BatchedRenderer:
         return torch.stack(pictures, 1)
 
 
+class _Gate:
+    """Many threads may render at a time, but what one reads it reads while no other does anything in OpenGL.
+
+    Mesa's software OpenGL, to find out whether a picture that is read has been drawn, looks through the lists of what
+    every other context of the process is drawing, and takes no lock on them (22.3: llvmpipe_flush_resource). Runs
+    crashed there, seldom, when a list was freed under it.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.rendering = self.waiting = 0  # threads
+
+    @contextlib.contextmanager
+    def render(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.waiting)
+            self.rendering += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.rendering -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.changed:
+            self.waiting += 1
+            self.changed.wait_for(lambda: not self.rendering)
+            try:
+                yield
+            finally:
+                self.waiting -= 1
+                self.changed.notify_all()
+
+
+_gate = _Gate()
+
+
 class _Painter:
-    """An OpenGL context, and the one thread that makes all its calls."""
+    """An OpenGL context, and the one thread that makes all its calls, from the first to the one that frees it."""
 
     def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
         self.fields = {name: field.numpy() for name, field in fields.items()}
@@ -220,20 +261,48 @@ class _Painter:
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.window = mujoco.MjrRect(0, 0, width, height)
         self.upside_down = np.empty((height, width, 3), np.uint8)
-        self.thread = ThreadPoolExecutor(1)
-        self.thread.submit(self._open).result()
+        self.jobs = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)  # so that it lives until `close` at the exit
+        self.thread.start()
+        try:
+            self._call(self._open).result()
+        except BaseException:
+            self.jobs.put(None)
+            raise
+        atexit.register(self.close)  # comes before the end of EGL, which the first context has registered
+
+    def _call(self, function, *arguments) -> Future:
+        future = Future()
+        self.jobs.put((future, function, arguments))
+        return future
+
+    def _work(self):
+        while self._do(self.jobs.get()):
+            pass
+
+    def _do(self, job) -> bool:
+        """Does a job, of which nothing is kept; whether to go on."""
+        if job is None:
+            return False
+        future, function, arguments = job
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # for the one who waits for the result
+            future.set_exception(error)
+        return True
 
     def _open(self):
         gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
         # MuJoCo's own frees the context from whatever thread and at whatever time; see `close`.
         self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
         self.gl.make_current()
-        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        with _gate.alone():
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
 
-    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
+    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray) -> Future:
         """Draws worlds `rows` in states `qpos` (rows, nq) into `out`; the future of it."""
-        return self.thread.submit(self._draw, qpos, rows, cameras, out)
+        return self._call(self._draw, qpos, rows, cameras, out)
 
     def _draw(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
         model, data = self.model, self.data
@@ -249,14 +318,20 @@ class _Painter:
                 mujoco.mjv_updateScene(
                     model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene
                 )
-                mujoco.mjr_render(self.window, self.scene, self.context)
-                mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
+                with _gate.render():
+                    mujoco.mjr_render(self.window, self.scene, self.context)
+                with _gate.alone():
+                    mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
                 picture[:] = self.upside_down[::-1]
 
     def close(self):
-        self.thread.submit(self._free).result()
-        self.thread.shutdown()
+        atexit.unregister(self.close)
+        if self.thread.is_alive():  # in a forked child it is not
+            self._call(self._free).result()
+            self.jobs.put(None)
+            self.thread.join()
 
     def _free(self):
-        self.context.free()
-        self.gl.free()
+        with _gate.alone():
+            self.context.free()
+            self.gl.free()

@@ -507,9 +507,9 @@ SCRIPTS = {
             tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, policy="mlp", observation="state")
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
             | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
-            environment={"PickEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
+            environment={"make": lambda args, num_envs, device, seed=1, threads=0: ScriptedEnv(num_envs, seed)},
             statistics="stats",
-            sources=("common/*.py", "common/envs/pick*.py"),
+            sources=("common/*.py", "common/envs/pick*.py", "common/envs/vla.py"),
             flags=("--policy", "mlp", "--eval-episodes", 4, "--max-episode-steps", 10),
             size=("--num-envs", 4, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 2),
             num_envs=4,
@@ -528,10 +528,14 @@ SCRIPTS = {
                 ("--compile", "--compile", "--policy mlp"),
                 ("--noise-level 0", "--noise-level"),
                 ("--unfreeze-schedule legs:3", "--unfreeze-schedule", "legs:3", "adapter"),
-                ("--env-id gym_aloha/AlohaInsertion-v0", "--env-id", "Pick-v0"),
+                ("--env-id PegInsert-v0 --demos 2", "--demos", "PegInsert-v0"),
                 ("--difficulty 2", "--difficulty"),
             ),
-            syntax_errors=(("--policy sideways", "gaussian-residual"), ("--tune everything", "lora")),
+            syntax_errors=(
+                ("--policy sideways", "gaussian-residual"),
+                ("--tune everything", "lora"),
+                ("--env-id gym_aloha/AlohaInsertion-v0", "AlohaInsertion-v0"),
+            ),
             without=dict.fromkeys(
                 (
                     "test_torchrun",

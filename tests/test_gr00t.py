@@ -28,12 +28,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make(action_dim=ACTIONS, **settings):
+def make(action_dim=ACTIONS, spaces=SPACES, **settings):
     """The agent of --policy, with weights of GR00T that are large enough that everything shows, and statistics."""
     torch.manual_seed(0)
     settings = {"critic_hidden": (16,), "bc_tune": "head"} | settings
     args = ppo_gr00t.Args(**settings)
-    envs = SimpleNamespace(single_observation_space=SPACES, single_action_space=Box(-1, 1, (CHUNK, action_dim)))
+    envs = SimpleNamespace(single_observation_space=spaces, single_action_space=Box(-1, 1, (CHUNK, action_dim)))
     agent, flow = ppo_gr00t.make_agent(envs, args)
     with torch.no_grad():
         for name, parameter in flow.network.model.action_head.named_parameters():
@@ -266,6 +266,25 @@ def test_a_residual_is_one_gaussian_for_the_whole_chunk_around_the_frozen_models
     added = agent.to_env(action, obs) - expected
     assert action.shape == (BATCH, ACTIONS) and added.std() > 0.1
     torch.testing.assert_close(added, action[:, None].expand(-1, CHUNK, -1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["gr00t", "gaussian-residual"])
+def test_what_is_privileged_reaches_the_critic_alone(policy):
+    agent, args = make(spaces=Dict(SPACES.spaces | {"privileged": Box(-9, 9, (5,))}), policy=policy)
+    raw = observation() | {"privileged": torch.randn(BATCH, 5)}
+    torch.manual_seed(1)
+    obs = agent.encode(raw)
+    torch.manual_seed(1)
+    other = agent.encode(raw | {"privileged": raw["privileged"] + 1})
+    with torch.no_grad():
+        action = agent.sample(obs if policy == "gr00t" else agent.get_dist(obs))
+        _, logprob, _, value, _ = agent.get_action_and_value(agent.normalise(obs), action)
+        _, logprob_there, _, value_there, _ = agent.get_action_and_value(agent.normalise(other), action)
+    assert torch.equal(logprob, logprob_there) and (value - value_there).abs().min() > 1e-4
+    torch.testing.assert_close(value, agent.get_value(agent.normalise(obs)))
+    agent.update_stats(obs)
+    seen = agent.normalise(obs)["privileged"]
+    assert seen.mean().abs() < 1e-3 and abs(seen.std(correction=0) - 1) < 0.2
 
 
 # --- padding and masks
