@@ -31,8 +31,8 @@ CURVES += ("charts/frontier",)
 STAGES = {"warm start": "model_0.pt", "PPO": "final_model.pt"}
 # {name in the figures: (environment, settings that differ from the training's)}
 PICTURES = {
-    "fast": ("fast", {"samples": 0, "shadows": False}),
-    "fast with shadows": ("fast", {"samples": 4, "shadows": True}),
+    "fast": ("fast", {"samples": 0, "supersample": 1, "shadows": False}),
+    "fast with shadows": ("fast", {"samples": 4, "supersample": 1, "shadows": True, "mesh_detail": 0.006}),
     "gym-aloha": ("gym-aloha", {}),
 }
 

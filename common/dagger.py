@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import gymnasium as gym
 import torch
 
-from common import distributed
+from common import cli, distributed
 from common.meter import Meter
 from common.storage import put, take, zeros
-
-ABOVE_ZERO = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate")  # flags that must be
 
 
 @dataclass
 class DaggerConfig:
-    """The flags of the warm start."""
+    """The flags of the warm start, and of what is left of it in PPO."""
 
     bc_minutes: float = 8.0  # duration of the warm start
     bc_expert: float = 1.0  # share of the environments in which the expert acts at first; it falls to zero
@@ -25,7 +23,18 @@ class DaggerConfig:
     bc_frames: int = 100_000  # frames kept in the warm start, the newest; at 72 x 96 pixels 21 kB each
     bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+    bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
+    bc_fade: float = 0.5  # share of the iterations after which it is zero
     pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are
+
+
+def check_args(args: DaggerConfig):
+    """A value out of range ends with one sentence, exit code 2."""
+    for name in ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate", "bc_fade"):
+        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    for name in ("bc_coef", "random_shift", "pose_coef"):
+        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    cli.check_flag(args, 0 <= args.bc_expert <= 1, "bc_expert", "a number from 0 to 1")
 
 
 class Replay:
