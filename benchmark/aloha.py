@@ -84,7 +84,7 @@ def measure_curriculum(run_dir: Path, episodes: int) -> dict:
     envs.close()
     curriculum.frontier = state["ranks"][0]["frontier"]
     rates = curriculum.measure(agent, args, episodes, "cpu")
-    result = evaluate(agent, args, "cpu", episodes, "fast", tools.EVAL_SEED)
+    result = evaluate(agent, replace(args, episode_steps=300), "cpu", episodes, "fast", tools.EVAL_SEED)
     low, high = result["success_ci95"]
     print(f"  frontier {curriculum.frontier}: {rates}, fresh {result['success_rate']:.1%} ({low:.1%} to {high:.1%})")
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
