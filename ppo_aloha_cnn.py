@@ -382,9 +382,7 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "critic_learning_rate"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    cli.check_flag(args, args.critic_iterations >= 0, "critic_iterations", "0 or a number above it")
+    cli.check_flag(args, args.critic_learning_rate > 0, "critic_learning_rate", "a number above 0")
     dagger.check_args(args)
     for name in ("image_height", "image_width"):
         enough = getattr(args, name) >= 36 or args.obs_type == "state"

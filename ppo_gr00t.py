@@ -559,7 +559,7 @@ def check_args(args: Args):
     cli.check_compiler(args)
     cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
     cli.check_flag(args, 0 <= args.noise_correlation <= 1, "noise_correlation", "a number from 0 to 1")
-    for name in ("noise_level", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    for name in ("noise_level", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
     gr00t_network.check_flags(args)

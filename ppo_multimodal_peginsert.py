@@ -349,7 +349,6 @@ def check_args(args: Args):
     agents.check(args)
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    cli.check_flag(args, args.embedding > 0, "embedding", "a number above 0")
     sees = args.observation == "multimodal" and "rgb" in args.modalities
     cli.check_flag(args, args.image_size >= 36 or not sees, "image_size", "36 or more, for the three convolutions")
     cli.check_compiler(args)
