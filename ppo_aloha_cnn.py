@@ -384,9 +384,7 @@ def check_args(args: Args):
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
     cli.check_flag(args, args.critic_learning_rate > 0, "critic_learning_rate", "a number above 0")
     dagger.check_args(args)
-    for name in ("image_height", "image_width"):
-        enough = getattr(args, name) >= 36 or args.obs_type == "state"
-        cli.check_flag(args, enough, name, "36 or more, for the three convolutions")
+    cli.check_image_size(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:

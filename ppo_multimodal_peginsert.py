@@ -349,8 +349,7 @@ def check_args(args: Args):
     agents.check(args)
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    sees = args.observation == "multimodal" and "rgb" in args.modalities
-    cli.check_flag(args, args.image_size >= 36 or not sees, "image_size", "36 or more, for the three convolutions")
+    cli.check_image_size(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:

@@ -112,6 +112,13 @@ def check_ranges(args) -> None:
         check_flag(args, fits, "num_minibatches", f"a divisor of the {rows} {what} per rank")
 
 
+def check_image_size(args) -> None:
+    """Three convolutions as in Mnih et al. 2015 (8 by 8 with stride 4, 4 with 2, 3 with 1) leave nothing below 36."""
+    for name in ("image_size", "image_height", "image_width"):
+        if hasattr(args, name):
+            check_flag(args, getattr(args, name) >= 36, name, "36 or more, for the three convolutions")
+
+
 def check_compiler(args) -> None:
     """`args.compile` on a CPU needs the C++ compiler that torch calls."""
     compiler = os.environ.get("CXX", "g++")
