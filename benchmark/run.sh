@@ -16,13 +16,15 @@ $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 $PY benchmark/peg_env_speed.py                                       # 3 min
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
+$PY benchmark/peg_capacity.py                                        # 1 min: computed, no GPU
 $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50
 $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_1 | tail -1)           # three scans, from the policy that knows the box
 $PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50_000 \
     --total-timesteps TOTAL
-$PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
+$PY benchmark/real2sim_env_speed.py --engines mujoco
+$PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3           # 10 min
 $PY benchmark/aloha_env_speed.py                                     # 3 min, and the expert's 1,600 episodes
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
 $PY benchmark/gr00t.py --seeds 1 2 3                                 # 3 seeds of two policies
