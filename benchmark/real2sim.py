@@ -39,12 +39,14 @@ from common.envs.real2sim_eval import evaluate, plain
 from common.meshes import EXAMPLES, write_examples
 from common.provenance import ROOT
 
-# What the plot compares. The runs named sac_... are of other tasks.
-COLOURS = {"sac": "tab:blue", "ppo": "tab:orange", "ddpg": "tab:green", "cleanrl": "tab:red"}
-LABELS = {"sac": "SAC", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
+# What the plot compares; sac_scans and sac_compact are of other tasks.
+COLOURS = {"sac": "tab:blue", "sac_gamma_0.97": "lightsteelblue", "ppo": "tab:orange", "ddpg": "tab:green"}
+COLOURS |= {"cleanrl": "tab:red"}
+LABELS = {"sac": "SAC", "sac_gamma_0.97": "SAC, gamma 0.97", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
 # {name: (script, flags beside its preset's)}
 ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
 ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", ["--objects", "box", "mug", "bunny"])
+ALGORITHMS["sac_gamma_0.97"] = ("sac_real2sim_mjx", ["--gamma", 0.97])
 ALGORITHMS["sac_compact"] = ("sac_real2sim_mjx", ["--observation", "compact"])
 PEER = "cleanrl"
 PEER_ENVS = 8
