@@ -21,34 +21,32 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common import checkpoint, cli, demos, distributed, gr00t
+from common import checkpoint, cli, demos, distributed, gr00t, gr00t_network
 from common.cuda_graph import CudaGraph
-from common.envs.pick import ENV_SETTINGS, INSTRUCTIONS, PickConfig, PickEnv
-from common.envs.pick_eval import evaluate, record_video, report
-from common.envs.pick_expert import Expert
+from common.demos import DemosConfig
+from common.envs.pick import ENV_SETTINGS, PickConfig
+from common.envs.vla import SENTENCES, evaluate, expert, make, record_video, report
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.gr00t_network import PARTS, Network
+from common.gr00t_network import TUNE, Gr00tConfig, Network, stage_at, stages
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, take, to, zeros_like
 
 SCRIPT = "ppo_gr00t"
-TUNE = {"lora": ["lora"], "projector": ["projector"], "dit": ["dit"], "head": ["projector", "dit", "adapter"]}
-TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
-    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.6, noise_correlation=0.8)
-    | dict(reward="dense", gamma=0.92, learning_rate=2e-5, critic_learning_rate=2e-3, critic_iterations=2)
+    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=110)
+    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.5, noise_correlation=1.0)
+    | dict(reward="dense", gamma=0.92, learning_rate=6e-5, critic_learning_rate=2e-3, critic_iterations=2)
     | dict(clip_vloss=False, log_interval=1, eval_interval=10),
-    "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, num_envs=256, num_steps=32)
-    | dict(num_iterations=150, num_minibatches=4, update_epochs=5, desired_kl=0.01, hidden=(128, 128))
-    | dict(learning_rate=1e-3, gamma=0.99, reward="dense"),
-    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=60)
+    "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
+    | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
+    | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, hidden=(128, 128), eval_interval=20),
+    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
     | dict(policy="gaussian-residual", demos=300, bc_steps=400, residual_std=0.15, reward="dense", gamma=0.92)
-    | dict(learning_rate=1e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
+    | dict(learning_rate=3e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
     | dict(log_interval=1, eval_interval=10),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
@@ -57,42 +55,23 @@ PRESETS = {
 
 
 @dataclass
-class Args(cli.RunArgs, PickConfig):
+class Args(cli.RunArgs, PickConfig, Gr00tConfig, DemosConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: mlp with --policy mlp or without GR00T's packages, gpu on a GPU, residual with --policy
     gaussian-residual, else laptop"""
     exp_name: str = SCRIPT  # name of the experiment
-    env_id: str = "Pick-v0"  # task: so far this one alone
+    env_id: Literal[*SENTENCES] = "Pick-v0"  # name of the task
     policy: Literal["gr00t", "gaussian-residual", "mlp"] = "gr00t"
     """gr00t: PPO on the flow itself; gaussian-residual: on a Gaussian around the frozen flow's action; mlp: no GR00T"""
-    model: str = "tiny"
-    """GR00T's weights: tiny (random, of the real classes), a folder, or a name on the hub; --model-path sets it too"""
-    embodiment: str = "new_embodiment"  # the slot of the model that learns the robot, by name or number
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """what the network runs in (autocast) and frozen weights are kept in; what is trained, and all sums, in float32"""
-    tune: Literal[*TUNE] = "head"
-    """what PPO trains beside the critic: projector: encoders and decoder of state and action; dit: the DiT; head: both
-    and the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of
-    the language model and the vision model"""
-    unfreeze_schedule: tuple[str, ...] = ()
-    """in place of --tune: parts and the iterations at which they begin to learn, such as critic:0 lora:2 dit:50"""
-    lora_rank: int = 16  # rank of the low-rank adapters
-    llm_layers: int = 2  # how many of the top layers of the language model belong to the part llm
-    gradient_checkpointing: bool = False  # compute the activations of the head's blocks twice to save memory
-    memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
-
     sde_steps: Literal["one", "last", "all"] = "one"
     """which steps of the integration have noise: one drawn at random for each chunk, the last, or all, at K times the
     price"""
     noise_level: float = 0.5  # a of the Flow-SDE; 0 is the model's own integration
-    noise_correlation: float = 0.0  # of the noise of a chunk's actions; independent one averages out over the chunk
+    noise_correlation: float = 0.0
+    """of the noise of a chunk's actions, independent of which averages out; 1: one noise for all of a chunk, whose mean
+    alone has a probability then"""
     min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
-    demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
-    demo_noise: float = 0.0  # standard deviation of noise on what the expert does, but not on what is cloned
-    bc_steps: int = 400  # updates of that warm start
-    bc_batch: int = 64  # chunks in each of them
-    bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
     bc_tune: Literal[*TUNE] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_hidden: tuple[int, ...] = (128, 128)  # widths of GR00T's critic; at full size 2048 1024 512, which is 10M
@@ -206,7 +185,7 @@ class FlowAgent(nn.Module):
         super().__init__()
         spaces = envs.single_observation_space.spaces
         learns = {*sum(stages(args).values(), TUNE[args.bc_tune])}
-        self.network = net = Network(args, spaces, envs.single_action_space.shape, INSTRUCTIONS, learns)
+        self.network = net = Network(args, spaces, envs.single_action_space.shape, SENTENCES[args.env_id], learns)
         self.critic = mlp(net.feature_dim, args.critic_hidden, 1, 1.0, activation=nn.ReLU)  # detail 13: on its features
         self.num_flow_steps = net.num_flow_steps  # K
         self.sde_steps = args.sde_steps
@@ -219,10 +198,15 @@ class FlowAgent(nn.Module):
         dt = 1 / self.num_flow_steps
         std = args.noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
         self.register_buffer("step_std", std.clamp(min=args.min_std) if args.noise_level else std)
-        covariance = torch.eye(net.horizon)  # of the noise of the actions one after the other
-        covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
-        self.register_buffer("covariance", covariance)
-        self.register_buffer("mix", torch.linalg.cholesky(covariance))
+        # The noise of the actions one after the other is a mix of independent ones, or one for all of a chunk.
+        mix = torch.zeros(net.horizon, 1)
+        mix[: net.chunk] = 1
+        if args.noise_correlation < 1:
+            covariance = torch.eye(net.horizon)
+            covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
+            mix = torch.linalg.cholesky(covariance)
+        self.register_buffer("mix", mix)
+        self.register_buffer("unmix", torch.linalg.pinv(mix[: net.chunk, : net.chunk]))
 
     def set_trainable(self, parts):
         self.network.set_trainable(parts)
@@ -249,7 +233,8 @@ class FlowAgent(nn.Module):
         t = (step / K)[:, None, None]
         std = (self.step_std[step] * noise)[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
-        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - std.square() / (2 * (1 - t)) * (self.covariance @ start)
+        drift = std.square() / (2 * (1 - t)) * (self.mix @ (self.mix.T @ start))
+        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - drift
         return mean, std
 
     @torch.no_grad()
@@ -259,7 +244,8 @@ class FlowAgent(nn.Module):
         for k in range(self.num_flow_steps):
             step = torch.full((len(x),), k, device=x.device)
             mean, std = self.transition(context, state, points[-1], step, noise[:, k])
-            points.append(mean + std * (self.mix @ torch.randn_like(mean)) if noise.any() else mean)
+            drawn = torch.randn(len(x), self.mix.shape[1], x.shape[2], device=x.device)
+            points.append(mean + std * (self.mix @ drawn) if noise.any() else mean)
         return torch.stack(points, 1)
 
     def sample(self, obs):
@@ -283,18 +269,19 @@ class FlowAgent(nn.Module):
     def log_prob_and_entropy(self, dist, action):
         """Sums over steps and components, in float32. `dist`: of `get_dist`."""
         std = self.step_std[action["step"]][..., None, None]
-        log_mix = self.mix.diagonal()[: self.network.chunk, None].log()
+        log_mix = self.mix.diagonal()[: len(self.unmix), None].log()
         log_scale = (std.log() + log_mix + 0.5 * math.log(2 * math.pi)).expand_as(dist)
         logprob = (-0.5 * (self.unmixed(action["next"] / std) - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
         return logprob, (log_scale + 0.5).sum((1, 2, 3))
 
     def unmixed(self, x):
-        """What of (..., chunk, action_dim), in units of the std, is independent."""
-        mix = self.mix[: self.network.chunk, : self.network.chunk]
-        return torch.linalg.solve_triangular(mix.expand(*x.shape[:-2], -1, -1), x, upper=False)
+        """What of (..., chunk, action_dim), in units of the std, is independent: as many rows, or where one noise moves
+        the whole chunk its mean, (..., 1, action_dim). That alone has a density then.
+        """
+        return self.unmix @ x
 
     def get_dist(self, context, obs, action):
-        """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk, action_dim)."""
+        """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk or 1, action_dim)."""
         means = []
         for i in range(action["step"].shape[1]):
             step = action["step"][:, i]
@@ -438,20 +425,6 @@ def make_agent(envs, args: Args):
     return (flow if args.policy == "gr00t" else Agent(envs, args, flow)), flow
 
 
-def stages(args: Args) -> dict[int, list[str]]:
-    """{iteration: the parts of PARTS that learn from there on}, of --unfreeze-schedule or else of --tune."""
-    if not args.unfreeze_schedule:
-        return {0: ["critic", *TUNE[args.tune]]}
-    begins = {}
-    for entry in args.unfreeze_schedule:
-        name, _, iteration = entry.partition(":")
-        takes = f"part:iteration, with the parts {', '.join(PARTS)}, such as critic:0 dit:20"
-        cli.check(name in PARTS and iteration.isdecimal(), f"--unfreeze-schedule got {entry!r}; it takes {takes}")
-        begins[name] = int(iteration)
-    cli.check("critic" in begins and not begins["critic"], "--unfreeze-schedule takes critic:0 among its entries")
-    return {at: [name for name in begins if begins[name] <= at] for at in sorted(set(begins.values()))}
-
-
 # === gae ===
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):  # detail 5: GAE
     """Advantages (num_steps, num_envs) of Schulman et al. 2016 (arXiv 1506.02438) eq. 16. `dones[t]`: the episode ended
@@ -545,35 +518,17 @@ def flow_matching_loss(flow: FlowAgent, obs, actions):
 
 def clone_expert(flow, args, envs, interrupt):
     """The warm start: demonstrations, their statistics, and --bc-steps of flow matching. Gives what was done."""
-    device = envs.device
-    start = said = time.time()
+    start = time.time()
     number = math.ceil(args.demos / args.ranks)
-    data = to(demos.collect(envs, Expert(), number, args.demo_noise, interrupt), device)
+    data = to(demos.collect(envs, expert(args, envs.device), number, args.demo_noise, interrupt), envs.device)
     flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
-    learning_rate = torch.tensor(args.bc_learning_rate, device=device)
-    optimizer = FlatAdam(flow.parameters(), learning_rate)
-    meter = Meter()
-    size = max(1, args.bc_batch // args.ranks)
-    for step in range(args.bc_steps):
-        progress = step / args.bc_steps
-        fall = 0.55 + 0.45 * math.cos(math.pi * progress)
-        learning_rate.fill_(args.bc_learning_rate * fall * min(1, (step + 1) / 50))
-        minibatch = take(data, torch.randint(len(data["actions"]), (size,), device=device))
-        obs = flow.encode(minibatch["obs"])
-        loss = flow_matching_loss(flow, obs, flow.network.normalise_action(minibatch["actions"]))
-        optimizer.compute_gradients(loss)
-        optimizer.all_reduce()
-        optimizer.clip_gradients(args.max_grad_norm)
-        optimizer.step()
-        meter.add({"loss": loss.detach()})
-        if distributed.any_rank(time.time() - said > 15 or step + 1 == args.bc_steps, device):
-            said = time.time()
-            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warm start, {step + 1} of {args.bc_steps} updates: {found}", flush=True)
-        if distributed.any_rank(interrupt, device):
-            break
+
+    def loss_of(minibatch):
+        actions = flow.network.normalise_action(minibatch["actions"])
+        return flow_matching_loss(flow, flow.encode(minibatch["obs"]), actions)
+
+    demos.clone(loss_of, flow.parameters(), data, args, interrupt)
     return {"demos": args.demos, "bc_steps": args.bc_steps, "warm_start_minutes": (time.time() - start) / 60}
 
 
@@ -599,40 +554,40 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_ranges(args)
-    cli.check_flag(args, args.env_id == "Pick-v0", "env_id", "Pick-v0")
+    demos.check(args)
+    cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
     cli.check_compiler(args)
-    for name in ("lora_rank", "llm_layers", "bc_steps", "bc_batch", "bc_learning_rate", "memory_limit", "residual_std"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    cli.check_flag(args, 0 <= args.noise_correlation < 1, "noise_correlation", "a number from 0 to below 1")
-    for name in ("noise_level", "demos", "demo_noise", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
+    cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
+    cli.check_flag(args, 0 <= args.noise_correlation <= 1, "noise_correlation", "a number from 0 to 1")
+    for name in ("noise_level", "critic_iterations", "critic_learning_rate", "micro_batch_size"):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
     cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
-    stages(args)
+    gr00t_network.check_flags(args)
     if args.policy == "mlp":
         cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
         what = "state; --policy mlp sees no pictures"
         cli.check_flag(args, args.observation == "state", "observation", what)
     else:
-        absent = gr00t.missing()
-        cli.check(not absent, f"--policy {args.policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+        gr00t_network.check_installed(args.policy)
         cli.check_flag(args, args.observation == "images", "observation", f"images with --policy {args.policy}")
         cli.check_flag(args, args.noise_level > 0, "noise_level", "a number above 0, or PPO has nothing to weigh")
         cli.check_flag(args, args.chunk > 1, "chunk", "2 or more with GR00T, whose actions are chunks")
         cli.check(not args.compile and not args.cuda_graphs, "--compile and --cuda-graphs take --policy mlp")
     if os.environ.get("RANK", "0") == "0":
         try:
-            PickEnv(1, args.device, cfg=args, physics_threads=1).close()
+            make(args, 1, args.device, threads=1).close()
         except ValueError as error:
             cli.fail(str(error))
 
 
 def learn_task(flow, args, envs, interrupt) -> dict:
     """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
-    known = gr00t.read_statistics(args.model, args.embodiment)
-    if known:
-        flow.network.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
+    known = flow.network.read_ranges(args.model, args.embodiment)
     if known.get("task") == args.env_id:
         print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
+        return {}
+    if not known and expert(args, "cpu") is None:
+        flow.network.set_ranges(**demos.ranges(to(demos.wander(envs), envs.device)))
         return {}
     lacks = f"--model got {args.model!r}, which has no statistics of states and actions"
     cli.check(known or args.demos, f"{lacks}; give --demos N, from which they are taken")
@@ -640,14 +595,9 @@ def learn_task(flow, args, envs, interrupt) -> dict:
         return {}
     done = clone_expert(flow, args, envs, interrupt)
     if os.environ.get("RANK", "0") == "0":
-        folder = Path(args.log_dir) / "warm_start"
-        with tolerant("the warm start", folder):
-            gr00t.save(gr00t.merged(flow.network.model), folder, flow.network.ranges(), args.env_id)
+        with tolerant("the warm start", Path(args.log_dir)):
+            flow.network.save(Path(args.log_dir) / "warm_start", args.env_id)
     return done
-
-
-def stage_at(parts_by_iteration: dict[int, list[str]], iteration: int) -> int:
-    return max(at for at in parts_by_iteration if at <= max(0, iteration))
 
 
 def main(args: Args):
@@ -661,7 +611,7 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
-    envs = PickEnv(N, device, seed, cfg=args, physics_threads=distributed.cores_per_rank())
+    envs = make(args, N, device, seed, distributed.cores_per_rank())
 
     # --- agent
     agent, flow = make_agent(envs, args)
@@ -888,7 +838,7 @@ def main(args: Args):
             if flow is None:
                 checkpoint.export_onnx(agent, to(take(next_obs, slice(0, 1)), "cpu"), run.dir / "policy.onnx")
             elif agent is flow:
-                gr00t.save(gr00t.merged(flow.network.model), run.dir / "gr00t", flow.network.ranges(), args.env_id)
+                flow.network.save(run.dir / "gr00t", args.env_id)
         result = run_evaluation(agent, args, envs)
         run.keep_best(result["score"], "final_model.pt")
         with tolerant("the final evaluation", run.dir, saved):
@@ -914,7 +864,7 @@ def evaluate_checkpoint(args: Args):
     """--eval-only: metrics and video of --model-path."""
     state = checkpoint.load(args.model_path, SCRIPT)
     path, run_dir = Path(args.model_path), Path(args.log_dir)
-    envs = PickEnv(1, args.device, cfg=args)
+    envs = make(args, 1, args.device)
     agent, _ = make_agent(envs, args)
     agent.to(args.device)
     checkpoint.load_agent(agent, state, "--model-path")

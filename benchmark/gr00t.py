@@ -4,10 +4,12 @@
     python benchmark/gr00t.py --seeds 1 --policies gr00t --num-iterations 50
     python benchmark/gr00t.py --policies mlp --seeds 1 2 3              # the state task
     python benchmark/gr00t.py --policies gr00t --seeds 1 --run runs/...  # a run that was trained already
+    python benchmark/gr00t.py --policies gr00t --seeds 1 --variant "noise correlated by 0.8" --noise-correlation 0.8
 
 Per seed one tiny GR00T is cloned, and every policy starts from it with the same samples per iteration. Unknown flags
-go to ppo_gr00t.py. Results of policies and seeds that were not asked for stay in the file. Beside the JSON, a picture
-of the curves. Evaluations while training are of --eval-episodes episodes, first and last of --episodes fresh ones.
+go to ppo_gr00t.py. Results of policies, variants and seeds that were not asked for stay in the file. Beside the JSON, a
+picture of the curves: a step of GR00T's is a chunk of 8 actions, one of the mlp's a single action. Evaluations while
+training are of --eval-episodes episodes, first and last of --episodes fresh ones.
 """
 
 import json
@@ -24,7 +26,7 @@ from common.envs.pick_eval import evaluate
 
 POLICIES = ("gr00t", "gaussian-residual", "mlp")
 CURVES = ("env/success", "eval/success_rate", "charts/episodic_length", "charts/SPS", "losses/kl", "losses/clipfrac")
-COLOURS = {"gr00t": "tab:green", "gaussian-residual": "tab:orange", "mlp": "tab:blue"}
+COLOURS = ("tab:green", "tab:orange", "tab:gray", "tab:red", "tab:purple")
 
 
 def success(path: Path, episodes: int) -> dict:
@@ -63,17 +65,24 @@ def draw(runs: dict, path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for policy, by_seed in runs.items():
-        for i, run in enumerate(by_seed.values()):
-            points = [(step, 100 * value) for step, value in run["curves"].get("eval/success_rate", [])]
-            points.append((run["summary"]["global_step"], 100 * run["after"]["success_rate"]))
-            if "before" in run:
-                points.insert(0, (0, 100 * run["before"]["success_rate"]))
-            axes.plot(*zip(*points, strict=True), color=COLOURS[policy], label=policy if i == 0 else None, marker=".")
-    axes.set(xlabel="environment steps", ylabel="success (%)", ylim=(0, 100))
-    axes.legend()
-    axes.grid(alpha=0.3)
+    mlp = {name: by_seed for name, by_seed in runs.items() if name.startswith("mlp")}
+    panels = [panel for panel in ({name: runs[name] for name in runs.keys() - mlp.keys()}, mlp) if panel]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for panel, ax in zip(panels, axes[0], strict=True):
+        for colour, (name, by_seed) in zip(COLOURS, sorted(panel.items()), strict=False):
+            for i, run in enumerate(by_seed.values()):
+                points = [(step, 100 * value) for step, value in run["curves"].get("eval/success_rate", [])]
+                points.append((run["summary"]["global_step"], 100 * run["after"]["success_rate"]))
+                if "before" in run:
+                    points.insert(0, (0, 100 * run["before"]["success_rate"]))
+                steps, rates = zip(*points, strict=True)
+                thousands = [step / 1000 for step in steps]
+                ax.plot(thousands, rates, color=colour, label=name if i == 0 else None, marker=".")
+        unit = "actions" if panel is mlp else "chunks"
+        ax.set(xlabel=f"thousand {unit}", ylabel="success of the deterministic policy (%)", ylim=(0, 100))
+        ax.set_xlim(left=0)
+        ax.legend()
+        ax.grid(alpha=0.3)
     figure.savefig(path, dpi=140)
 
 
@@ -83,6 +92,7 @@ def main():
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES[:2]))
     parser.add_argument("--episodes", type=int, default=256, help="of the evaluations before and after")
     parser.add_argument("--run", type=Path, help="folder of a finished or stopped run, instead of training one")
+    parser.add_argument("--variant", default="", help="stands beside the policy's name in the results")
     args, flags = parser.parse_known_args()
     began, folder = time.time(), tools.new_folder(args, "gr00t")
     file = args.out / "gr00t.json"
@@ -100,8 +110,8 @@ def main():
             run = {"flags": [str(flag) for flag in flags]} | measure(run_dir, args.episodes)
             if policy != "mlp":
                 start = start or run_dir / "warm_start"
-            by_seed = runs.setdefault(policy, {})
-            if "before" not in run and policy == "gaussian-residual":
+            by_seed = runs.setdefault(f"{policy}, {args.variant}" if args.variant else policy, {})
+            if "before" not in run and policy != "mlp":  # its warm start is that of the first policy
                 run["before"] = runs["gr00t"][str(seed)]["before"]
                 run["gain"] = run["after"]["success_rate"] - run["before"]["success_rate"]
             by_seed[str(seed)] = run

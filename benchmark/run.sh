@@ -26,6 +26,8 @@ $PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 mi
 $PY benchmark/aloha_env_speed.py                                     # 3 min, and the expert's 1,600 episodes
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
 $PY benchmark/gr00t.py --seeds 1 2 3                                 # 3 seeds of two policies
+$PY benchmark/gr00t.py --policies mlp --seeds 1 2 3
+$PY benchmark/gr00t_mlp.py                                           # 6 min
 $PY benchmark/aloha.py --preset long --seeds 1 --keep-policy
 $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the

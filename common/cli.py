@@ -33,9 +33,9 @@ ALIASES = {
 }
 ABOVE_0 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate", "clip_coef", "max_grad_norm")
 ABOVE_0 += ("init_std", "min_std", "history", "lstm_size", "ranks", "log_interval", "checkpoint_interval")
-ABOVE_0 += ("video_interval", "eval_episodes")
+ABOVE_0 += ("video_interval", "eval_episodes", "chunk_size")
 FROM_0 = ("num_iterations", "total_timesteps", "desired_kl", "final_kl", "target_kl", "vf_coef", "ent_coef")
-FROM_0 += ("eval_interval",)
+FROM_0 += ("eval_interval", "seed")
 # Of the flags that mean the same in every script: what they take, in words and as a condition. NaN is never in range.
 RANGES = (
     (ABOVE_0, "a number above 0", lambda value: value > 0),

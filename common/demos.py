@@ -1,10 +1,37 @@
-"""Demonstrations of a scripted expert, and the ranges of what they hold."""
+"""The warm start: demonstrations of a scripted expert, the ranges of what they hold, and updates that clone them."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_map
 
-from common.cli import check
+from common import cli, distributed
+from common.flat_adam import FlatAdam
+from common.meter import Meter
 from common.storage import take, to
+
+
+@dataclass
+class DemosConfig:
+    """The flags of the warm start."""
+
+    demos: int = 0  # successful episodes of the scripted expert that are cloned first (0: no warm start)
+    demo_noise: float = 0.0  # standard deviation of noise on what the expert does, but not on what is cloned
+    bc_steps: int = 400  # updates of that warm start
+    bc_batch: int = 64  # chunks in each of them
+    bc_learning_rate: float = 2e-3  # Adam's step size in the warm start, after 50 updates; it falls to a tenth
+
+
+def check(args: DemosConfig):
+    """The ranges of the flags."""
+    for name in ("bc_steps", "bc_batch", "bc_learning_rate"):
+        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    for name in ("demos", "demo_noise"):
+        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
 
 
 def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> dict:
@@ -29,10 +56,21 @@ def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> d
                 episodes += 1
                 kept += [take(step, slice(i, i + 1)) for step in steps[begun[i] :]]
             begun[i] = len(steps)
-        check(episodes or tried < 200, "--demos: the scripted expert has solved none of 200 episodes of this task")
+        cli.check(episodes or tried < 200, "--demos: the scripted expert has solved none of 200 episodes of this task")
     demos = tree_map(lambda *parts: torch.cat(parts), *kept)
     print(f"{episodes} demonstrations, {len(demos['actions'])} actions, of {tried} episodes of the expert", flush=True)
     return demos
+
+
+def wander(envs, steps: int = 64) -> dict:
+    """{"obs", "actions"} as of `collect`, of `steps` steps of uniformly random actions, from a reset."""
+    obs, _ = envs.reset()
+    kept = []
+    for _ in range(steps):
+        actions = 2 * torch.rand(envs.action_space.shape, device=envs.device) - 1
+        kept.append(to({"obs": obs, "actions": actions}, "cpu"))
+        obs, *_ = envs.step(actions)
+    return tree_map(lambda *parts: torch.cat(parts), *kept)
 
 
 def ranges(demos: dict, still: float = 0.1) -> dict:
@@ -45,3 +83,30 @@ def ranges(demos: dict, still: float = 0.1) -> dict:
     moves = found["action"][1] - found["action"][0] >= still
     found["action"] = torch.where(moves, found["action"], torch.tensor([[-1.0], [1.0]]))
     return found
+
+
+def clone(loss_of: Callable[[dict], torch.Tensor], parameters, demos: dict, args, interrupt=False):
+    """`args.bc_steps` updates of `parameters` by `loss_of(minibatch)`, of `demos` on the device that computes, all
+    ranks together. Fewer where `interrupt` becomes true.
+    """
+    device = demos["actions"].device
+    learning_rate = torch.tensor(args.bc_learning_rate, device=device)
+    optimizer = FlatAdam(parameters, learning_rate)
+    size = max(1, args.bc_batch // args.ranks)
+    meter, said = Meter(), time.time()
+    for step in range(args.bc_steps):
+        fall = 0.55 + 0.45 * math.cos(math.pi * step / args.bc_steps)
+        learning_rate.fill_(args.bc_learning_rate * fall * min(1, (step + 1) / 50))
+        loss = loss_of(take(demos, torch.randint(len(demos["actions"]), (size,), device=device)))
+        optimizer.compute_gradients(loss)
+        optimizer.all_reduce()
+        optimizer.clip_gradients(args.max_grad_norm)
+        optimizer.step()
+        meter.add({"loss": loss.detach()})
+        if distributed.any_rank(time.time() - said > 15 or step + 1 == args.bc_steps, device):
+            said = time.time()
+            found = {name: round(value.item(), 4) for name, value in meter.means().items()}
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warm start, {step + 1} of {args.bc_steps} updates: {found}", flush=True)
+        if distributed.any_rank(interrupt, device):
+            break

@@ -1,16 +1,74 @@
 """GR00T as functions for a robot of any size: features of what it observes, and the velocity of its flow of actions."""
 
 import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import gr00t
-from common.cli import check
+from common.cli import check, check_flag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("critic", "lora", "projector", "dit", "adapter", "llm", "vision")  # of an agent, in unfreezing order
+TUNE = {"lora": ["lora"], "projector": ["projector"], "dit": ["dit"], "head": ["projector", "dit", "adapter"]}
+TUNE |= {"all": ["projector", "dit", "adapter", "llm", "vision"]}
+
+
+@dataclass
+class Gr00tConfig:
+    """The model's flags."""
+
+    model: str = "tiny"
+    """GR00T's weights: tiny (random, of the real classes), a folder, or a name on the hub; --model-path sets it too"""
+    embodiment: str = "new_embodiment"  # the slot of the model that learns the robot, by name or number
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """what the network runs in (autocast) and frozen weights are kept in; what is trained, and all sums, in float32"""
+    tune: Literal[*TUNE] = "head"
+    """what PPO trains beside the critic: projector: encoders and decoder of state and action; dit: the DiT; head: both
+    and the attention over vision and language; lora: low-rank adapters on the DiT's attention; all: head, the top of
+    the language model and the vision model"""
+    unfreeze_schedule: tuple[str, ...] = ()
+    """in place of --tune: parts and the iterations at which they begin to learn, such as critic:0 lora:2 dit:50"""
+    lora_rank: int = 16  # rank of the low-rank adapters
+    llm_layers: int = 2  # how many of the top layers of the language model belong to the part llm
+    gradient_checkpointing: bool = False  # compute the activations of the head's blocks twice to save memory
+    memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
+
+
+def check_flags(args: Gr00tConfig):
+    """The ranges of the model's flags."""
+    for name in ("lora_rank", "llm_layers", "memory_limit"):
+        check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    stages(args)
+
+
+def check_installed(policy: str):
+    """That GR00T's packages are."""
+    absent = gr00t.missing()
+    check(not absent, f"--policy {policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+
+
+def stages(args: Gr00tConfig) -> dict[int, list[str]]:
+    """{iteration: the parts of PARTS that learn from there on}, of --unfreeze-schedule or else of --tune."""
+    if not args.unfreeze_schedule:
+        return {0: ["critic", *TUNE[args.tune]]}
+    begins = {}
+    for entry in args.unfreeze_schedule:
+        name, _, iteration = entry.partition(":")
+        takes = f"part:iteration, with the parts {', '.join(PARTS)}, such as critic:0 dit:20"
+        check(name in PARTS and iteration.isdecimal(), f"--unfreeze-schedule got {entry!r}; it takes {takes}")
+        begins[name] = int(iteration)
+    check("critic" in begins and not begins["critic"], "--unfreeze-schedule takes critic:0 among its entries")
+    return {at: [name for name in begins if begins[name] <= at] for at in sorted(set(begins.values()))}
+
+
+def stage_at(parts_by_iteration: dict[int, list[str]], iteration: int) -> int:
+    """The key of the stage that `iteration` belongs to."""
+    return max(at for at in parts_by_iteration if at <= max(0, iteration))
 
 
 class Network(nn.Module):
@@ -97,6 +155,17 @@ class Network(nn.Module):
             sizes = f"statistics of {found.shape[1]} components of the {name}, the task has {expected.shape[1]}"
             check(found.shape == expected.shape, f"--model got {sizes}; it takes a model of this robot, or one without")
             expected.copy_(found)
+
+    def read_ranges(self, source: str, embodiment: str) -> dict:
+        """Takes the ranges that the model `source` has beside it; gives what `gr00t.read_statistics` does."""
+        known = gr00t.read_statistics(source, embodiment)
+        if known:
+            self.set_ranges(torch.tensor(known["state"]), torch.tensor(known["action"]))
+        return known
+
+    def save(self, folder: Path, task: str):
+        """The model with its adapters merged, its ranges, and the task that it has learned, as `gr00t.load` reads."""
+        gr00t.save(gr00t.merged(self.model), folder, self.ranges(), task)
 
     def ranges(self) -> dict[str, torch.Tensor]:
         return {"state": self.state_range, "action": self.action_range}

@@ -4,12 +4,16 @@
 so threads do for it what processes would. `warp` is MuJoCo Warp's ray tracer: all worlds in one launch, on any device.
 """
 
+import atexit
 import contextlib
 import copy
 import importlib
+import itertools
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import mujoco
 import numpy as np
@@ -19,6 +23,8 @@ from common.distributed import num_cores
 from common.physics import resolve_backend
 from common.video import find_gl, missing_gl_message
 
+BATCH = 8  # pictures that a thread renders before it reads them, where it has to wait for other threads to do so
+BATCH_PIXELS = 2**18  # of them together, at most
 DATA_FIELDS = ("mocap_pos", "mocap_quat")  # entries of `fields` that belong to MjData; all others are MjModel's
 
 
@@ -120,8 +126,7 @@ class BatchedRenderer:
         self._painters = []
 
     def __del__(self):
-        with contextlib.suppress(RuntimeError):  # at the end of the process the threads are gone before this
-            self.close()
+        self.close()
 
     # --- OpenGL
 
@@ -139,8 +144,10 @@ class BatchedRenderer:
         for name in per_world:
             value = getattr(example if name in DATA_FIELDS else self.model, name)
             self.fields[name] = torch.from_numpy(np.repeat(value[None], self.num_envs, axis=0))
-        for _ in range(min(count, self.num_envs)):
-            self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows))
+        count = min(count, self.num_envs)
+        batch = 1 if count == 1 else max(1, min(BATCH, BATCH_PIXELS // (self.height * self.width)))
+        for _ in range(count):
+            self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows, batch))
 
     def _draw(self, qpos: torch.Tensor, rows: torch.Tensor, cameras: tuple[str, ...]) -> torch.Tensor:
         qpos, rows = np.asarray(qpos, np.float64), rows.numpy()
@@ -208,10 +215,52 @@ class BatchedRenderer:
         return torch.stack(pictures, 1)
 
 
-class _Painter:
-    """An OpenGL context, and the one thread that makes all its calls."""
+class _Gate:
+    """Many threads may render at a time, but what one reads it reads while no other does anything in OpenGL.
 
-    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
+    Mesa's software OpenGL, to find out whether a picture that is read has been drawn, looks through the lists of what
+    every other context of the process is drawing, and takes no lock on them (22.3: llvmpipe_flush_resource). Runs
+    crashed there, seldom, when a list was freed under it.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.rendering = self.waiting = 0  # threads
+
+    @contextlib.contextmanager
+    def render(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.waiting)
+            self.rendering += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.rendering -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.changed:
+            self.waiting += 1
+            self.changed.wait_for(lambda: not self.rendering)
+            try:
+                yield
+            finally:
+                self.waiting -= 1
+                self.changed.notify_all()
+
+
+_gate = _Gate()
+
+
+class _Painter:
+    """An OpenGL context, and the one thread that makes all its calls, from the first to the one that frees it.
+
+    `batch` pictures are rendered, each into a buffer of its own, before they are read.
+    """
+
+    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool, batch: int):
         self.fields = {name: field.numpy() for name, field in fields.items()}
         self.model, self.data = copy.copy(model), mujoco.MjData(model)
         self.scene, self.option, self.camera = mujoco.MjvScene(model, 10_000), mujoco.MjvOption(), mujoco.MjvCamera()
@@ -219,44 +268,91 @@ class _Painter:
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.window = mujoco.MjrRect(0, 0, width, height)
-        self.upside_down = np.empty((height, width, 3), np.uint8)
-        self.thread = ThreadPoolExecutor(1)
-        self.thread.submit(self._open).result()
+        self.upside_down = np.empty((batch, height, width, 3), np.uint8)
+        self.jobs = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)  # so that it lives until `close` at the exit
+        self.thread.start()
+        try:
+            self._call(self._open).result()
+        except BaseException:
+            self.jobs.put(None)
+            raise
+        atexit.register(self.close)  # comes before the end of EGL, which the first context has registered
+
+    def _call(self, function, *arguments) -> Future:
+        future = Future()
+        self.jobs.put((future, function, arguments))
+        return future
+
+    def _work(self):
+        while self._do(self.jobs.get()):
+            pass
+
+    def _do(self, job) -> bool:
+        """Does a job, of which nothing is kept; whether to go on."""
+        if job is None:
+            return False
+        future, function, arguments = job
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # for the one who waits for the result
+            future.set_exception(error)
+        return True
 
     def _open(self):
         gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
         # MuJoCo's own frees the context from whatever thread and at whatever time; see `close`.
         self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
         self.gl.make_current()
-        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        with _gate.alone():
+            font = mujoco.mjtFontScale.mjFONTSCALE_50
+            self.contexts = [mujoco.MjrContext(self.model, font) for _ in self.upside_down]
 
-    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
+    def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray) -> Future:
         """Draws worlds `rows` in states `qpos` (rows, nq) into `out`; the future of it."""
-        return self.thread.submit(self._draw, qpos, rows, cameras, out)
+        return self._call(self._draw, qpos, rows, cameras, out)
 
     def _draw(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
-        model, data = self.model, self.data
-        for row, state, pictures in zip(rows, qpos, out, strict=True):
-            for name, field in self.fields.items():
-                getattr(data if name in DATA_FIELDS else model, name)[:] = field[row]
-            data.qpos[:] = state
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_comPos(model, data)
-            mujoco.mj_camlight(model, data)
-            for camera, picture in zip(cameras, pictures, strict=True):
-                self.camera.fixedcamid = camera
-                mujoco.mjv_updateScene(
-                    model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene
-                )
-                mujoco.mjr_render(self.window, self.scene, self.context)
-                mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
-                picture[:] = self.upside_down[::-1]
+        views = list(itertools.product(range(len(rows)), range(len(cameras))))
+        for first in range(0, len(views), len(self.contexts)):
+            batch = views[first : first + len(self.contexts)]
+            with _gate.render():
+                for (i, j), context in zip(batch, self.contexts, strict=False):
+                    if j == 0:
+                        self._place(rows[i], qpos[i])
+                    self._render(cameras[j], context)
+            with _gate.alone():
+                for picture, context in zip(self.upside_down[: len(batch)], self.contexts, strict=False):
+                    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+                    mujoco.mjr_readPixels(picture, None, self.window, context)
+            for view, picture in zip(batch, self.upside_down, strict=False):
+                out[view] = picture[::-1]
+
+    def _place(self, row: int, state: np.ndarray):
+        """Brings the data up to date with a world."""
+        for name, field in self.fields.items():
+            getattr(self.data if name in DATA_FIELDS else self.model, name)[:] = field[row]
+        self.data.qpos[:] = state
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    def _render(self, camera: int, context: mujoco.MjrContext):
+        self.camera.fixedcamid = camera
+        every = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, every, self.scene)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+        mujoco.mjr_render(self.window, self.scene, context)
 
     def close(self):
-        self.thread.submit(self._free).result()
-        self.thread.shutdown()
+        atexit.unregister(self.close)
+        if self.thread.is_alive():  # in a forked child it is not
+            self._call(self._free).result()
+            self.jobs.put(None)
+            self.thread.join()
 
     def _free(self):
-        self.context.free()
-        self.gl.free()
+        with _gate.alone():
+            for context in self.contexts:
+                context.free()
+            self.gl.free()

@@ -151,12 +151,16 @@ def brute_force(agent, obs, action, correlation):
             noise, data = noise[:CHUNK, :ACTIONS], data[:CHUNK, :ACTIONS]
             drift = sigma**2 * dt / (2 * (1 - t)) * covariance @ noise
             mean = noise * (1 - (t + dt)) - drift + data * (t + dt)
+            drawn = action["next"][i, j]
+            if correlation == 1:  # one noise for all of the chunk, so that its mean is all there is
+                total[i] += Normal(mean.mean(0), sigma * math.sqrt(dt)).log_prob(drawn.mean(0)).sum()
+                continue
             density = MultivariateNormal(mean.T, covariance * sigma**2 * dt)  # of each component over the chunk
-            total[i] += density.log_prob(action["next"][i, j].T).sum()
+            total[i] += density.log_prob(drawn.T).sum()
     return total
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.8])
+@pytest.mark.parametrize("correlation", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("steps", ["one", "last", "all"])
 def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, correlation):
     agent, _ = make(sde_steps=steps, noise_correlation=correlation)
@@ -165,10 +169,11 @@ def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, corr
         action, logprob, entropy, value, dist = agent.get_action_and_value(obs)
         torch.testing.assert_close(logprob, brute_force(agent, obs, action, correlation), atol=1e-3, rtol=1e-5)
     n = {"one": 1, "last": 1, "all": 4}[steps]
-    assert dist.shape == (BATCH, n, CHUNK, ACTIONS) and value.shape == (BATCH,)
+    rows = 1 if correlation == 1 else CHUNK
+    assert dist.shape == (BATCH, n, rows, ACTIONS) and value.shape == (BATCH,)
     std = agent.step_std[action["step"]]
-    alone = CHUNK * ACTIONS * Normal(0, std).entropy().sum(1)
-    assert torch.allclose(entropy, alone) if not correlation else (entropy < alone).all()
+    alone = rows * ACTIONS * Normal(0, std).entropy().sum(1)
+    assert torch.allclose(entropy, alone) if correlation in (0, 1) else (entropy < alone).all()
     assert agent.step_std.tolist() == pytest.approx([0.5, 0.433, 0.25, 0.144], abs=1e-3)
 
 
@@ -188,6 +193,18 @@ def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
             if k < 3:  # the next step begins where this one led, and beside what is executed it is Euler's
                 torch.testing.assert_close(agent.network.executed(action["x"][:, k + 1]), action["next"][:, k])
         torch.testing.assert_close(action["action"], action["next"][:, 3])
+
+
+def test_one_noise_moves_a_whole_chunk():
+    agent, _ = make(sde_steps="last", noise_correlation=1.0)
+    obs = agent.encode(observation())
+    with torch.no_grad():
+        action = agent.sample(obs)
+        context = agent.network.context(obs)
+        mean, _ = agent.transition(context, obs["state"], action["x"][:, 0], action["step"][:, 0], torch.ones(BATCH))
+    z = (action["next"][:, 0] - agent.network.executed(mean)) / agent.step_std[3]
+    assert z.std() > 0.5
+    torch.testing.assert_close(z, z[:, :1].expand_as(z), atol=1e-4, rtol=0)
 
 
 def test_the_noise_has_a_floor():

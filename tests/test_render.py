@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import mujoco
@@ -224,11 +225,77 @@ def test_close_frees_everything(make):
         assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", "raise SystemExit(3)"])
-def test_a_process_ends_quietly(model, tmp_path, end):
+def test_what_one_thread_reads_it_reads_alone(make, monkeypatch):
+    """While it does, no other is in any call of OpenGL; see `_Gate`."""
+    inside, together, most = [], [], []
+
+    def watched(name, function):
+        def call(*arguments):
+            inside.append(name)
+            most.append(len(inside))
+            if "mjr_readPixels" in inside and len(inside) > 1:
+                together.append(list(inside))
+            time.sleep(0.002)
+            function(*arguments)
+            inside.remove(name)
+
+        return call
+
+    pictures = make(num_threads=1).render(states())
+    monkeypatch.setattr(render, "BATCH", 3)  # divides no thread's share of the pictures
+    renderer = make(num_threads=3)
+    assert torch.equal(renderer.render(states()), pictures)
+    for name in ("mjr_render", "mjr_readPixels"):
+        monkeypatch.setattr(mujoco, name, watched(name, getattr(mujoco, name)))
+    for _ in range(5):
+        assert torch.equal(renderer.render(states()), pictures)
+    assert not together and max(most) > 1
+
+
+def test_renderers_that_come_and_go_leave_the_others_alone(model, make):
+    other_model = decimate(model, 0.1)
+    kinds = {
+        "small": lambda: make(2, "side", 24, 32, num_threads=1),
+        "large": lambda: make(4, "top", 2 * H, 2 * W, num_threads=3),
+        "fine": lambda: make(3, "top", H, W, num_threads=2, shadows=True, samples=4),
+        "other": lambda: BatchedRenderer(other_model, 3, "side", H, W, num_threads=2),
+    }
+    stays, first = make(num_threads=2), {}
+    pictures = stays.render(states())
+    for i in range(12):
+        name = list(kinds)[i % 4]
+        renderer = kinds[name]()
+        drawn = renderer.render(states(renderer.num_envs))
+        assert torch.equal(first.setdefault(name, drawn), drawn)
+        if i % 3:
+            assert torch.equal(stays.render(states()), pictures)
+        renderer.close()
+        assert torch.equal(stays.render(states()), pictures)
+    assert (first["fine"] != make(3, "top", H, W).render(states(3))).any()
+
+
+FORK = """
+again = BatchedRenderer(model, 3, "top", 16, 16, num_threads=2)
+pictures = again.render(torch.zeros(3, model.nq))
+again.close()
+renderer.close()
+child = os.fork()
+renderer = BatchedRenderer(model, 3, "top", 16, 16, num_threads=2)
+same = torch.equal(renderer.render(torch.zeros(3, model.nq)), pictures)
+if not child:
+    os._exit(0 if same else 1)
+if os.waitpid(child, 0)[1] or not same:
+    print("other pictures", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("", 0), ("os.kill(os.getpid(), 9)", -9), ("raise SystemExit(3)", 3), (FORK, 0)]
+)
+def test_a_process_ends_quietly(model, tmp_path, end, code):
     """Whether or not it closed the renderer."""
-    code = f"""
-import os, mujoco, torch
+    program = f"""
+import os, sys, mujoco, torch
 from common.render import BatchedRenderer
 model = mujoco.MjModel.from_xml_string('''{XML}''')
 renderer = BatchedRenderer(model, 3, "top", 16, 16, num_threads=2)
@@ -237,6 +304,6 @@ renderer.render(torch.zeros(3, model.nq))
 """
     root = Path(__file__).parent.parent
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=dict(os.environ), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=root, env=dict(os.environ), capture_output=True, text=True, timeout=60
     )
-    assert run.stderr == "" and run.returncode == {"": 0, "raise SystemExit(3)": 3}.get(end, -9)
+    assert run.stderr == "" and run.returncode == code
