@@ -49,8 +49,8 @@ def test_a_kept_policy_is_the_actor_without_its_noise(tmp_path, monkeypatch):
             nn.init.zeros_(actor["fc_mean"].weight)
     peer.close()
     kept = real2sim_peer.policies(tmp_path)
-    assert [steps for steps, _, _ in kept] == [100, 200]  # 50 and 100 steps of two environments
+    assert [when["steps"] for when, _ in kept] == [100, 200]  # 50 and 100 steps of two environments
     obs = torch.randn(4, 58)
     hidden = actor["fc2"](actor["fc1"](obs).relu()).relu()
-    torch.testing.assert_close(kept[1][2](obs), actor["fc_mean"](hidden).tanh())
-    assert kept[0][2](obs).std(0).min() > 0 and torch.equal(kept[1][2](obs).std(0), torch.zeros(9))
+    torch.testing.assert_close(kept[1][1](obs), actor["fc_mean"](hidden).tanh())
+    assert kept[0][1](obs).std(0).min() > 0 and torch.equal(kept[1][1](obs).std(0), torch.zeros(9))
