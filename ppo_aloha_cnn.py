@@ -61,8 +61,6 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     eval_backend: Literal["fast", "gym-aloha"] = "fast"  # environment of evaluations; the package's is slow
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
-    bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
-    bc_fade: float = 0.5  # share of the iterations after which it is zero
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
     critic_learning_rate: float = 1e-3  # Adam's step size in them
 
@@ -384,10 +382,9 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "bc_fade", "critic_learning_rate", *dagger.ABOVE_ZERO):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    for name in ("bc_coef", "critic_iterations", "random_shift", "pose_coef"):
-        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    cli.check_flag(args, args.critic_learning_rate > 0, "critic_learning_rate", "a number above 0")
+    dagger.check_args(args)
+    cli.check_image_size(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -413,6 +410,8 @@ def main(args: Args):
     # --- agent
     curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
+    if args.model_path and not args.resume:  # in training the policy to begin with
+        checkpoint.load_agent(agent, checkpoint.load(args.model_path, SCRIPT), "--model-path")
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

@@ -7,24 +7,34 @@ from dataclasses import dataclass
 import gymnasium as gym
 import torch
 
-from common import distributed
+from common import cli, distributed
 from common.meter import Meter
 from common.storage import put, take, zeros
-
-ABOVE_ZERO = ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate")  # flags that must be
 
 
 @dataclass
 class DaggerConfig:
-    """The flags of the warm start."""
+    """The flags of the warm start, and of what is left of it in PPO."""
 
     bc_minutes: float = 8.0  # duration of the warm start
+    bc_expert: float = 1.0  # share of the environments in which the expert acts at first; it falls to zero
     bc_batch: int = 128  # frames per gradient step of the warm start
     bc_updates: int = 4  # gradient steps after each step of all environments
     bc_frames: int = 100_000  # frames kept in the warm start, the newest; at 72 x 96 pixels 21 kB each
     bc_learning_rate: float = 1e-3  # Adam's step size in the warm start, of which it falls to a tenth
     random_shift: int = 0  # pixels by which pictures of the warm start are shifted at random
+    bc_coef: float = 0.0  # weight of a cloning loss on the rollouts of PPO; falls linearly to zero
+    bc_fade: float = 0.5  # share of the iterations after which it is zero
     pose_coef: float = 0.0  # with --critic state: weight of the warm start's loss of telling where the objects are
+
+
+def check_args(args: DaggerConfig):
+    """A value out of range ends with one sentence, exit code 2."""
+    for name in ("bc_minutes", "bc_batch", "bc_updates", "bc_frames", "bc_learning_rate", "bc_fade"):
+        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+    for name in ("bc_coef", "random_shift", "pose_coef"):
+        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
+    cli.check_flag(args, 0 <= args.bc_expert <= 1, "bc_expert", "a number from 0 to 1")
 
 
 class Replay:
@@ -86,13 +96,14 @@ def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, 
     """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
     more of which are the policy's own. Gives the last observation and what was done.
 
-    The expert acts in a share of the environments that falls from all of them to none in the first four fifths.
+    The expert acts in a share of the environments that falls from --bc-expert, by default all of them, to none in the
+    first four fifths.
     """
     N = envs.num_envs
     device = envs.device
     spaces = {"obs": envs.single_observation_space, "labels": envs.single_action_space}
     replay = Replay(spaces, max(N, args.bc_frames // args.ranks), device)  # bounded in memory
-    by_expert = torch.ones(N, 1, dtype=torch.bool, device=device)
+    by_expert = torch.rand(N, 1, device=device) < args.bc_expert
     meter = Meter()
     start = said = time.time()
     progress = 0.0  # of all ranks, which must do the same
@@ -106,7 +117,8 @@ def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, 
         meter.add({"success": info["episode"]["success"]}, info["_episode"])
         # Who acts changes in the middle of an episode too: each goes on from where the other has led.
         change = torch.rand(N, 1, device=device) < 0.02
-        by_expert = torch.where(change, torch.rand(N, 1, device=device) < 1 - 1.25 * progress, by_expert)
+        share = args.bc_expert * (1 - 1.25 * progress)
+        by_expert = torch.where(change, torch.rand(N, 1, device=device) < share, by_expert)
 
         learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
         for _ in range(args.bc_updates):

@@ -27,6 +27,7 @@ def play(
     played = torch.zeros(envs.num_envs, dtype=torch.long, device=envs.device)
     columns = {}
     while (played < rounds).any():
+        envs.watched = played < rounds  # what pictures an environment may leave out: AlohaEnv's take the most time
         obs, _, _, _, info = envs.step(policy(to(obs, device)).to(envs.device))
         worlds = (info["_episode"] & (played < rounds)).nonzero()[:, 0]
         for name, values in (info["episode"] | {name: info[name] for name in also}).items():

@@ -129,11 +129,14 @@ print("same")
 def test_fast_pictures_are_close(make, task):
     fast = make(3, task=task, obs_type="pixels")
     smooth = make(3, task=task, obs_type="pixels", samples=4, shadows=True)
+    large = make(3, task=task, obs_type="pixels", supersample=2, shadows=True)
     package = make(3, task=task, obs_type="pixels", env_backend="gym-aloha")
     for action in actions(5, 3):
-        pictures, smoother, theirs = (env.step(action)[0].float() for env in (fast, smooth, package))
+        envs = (fast, smooth, large, package)
+        pictures, smoother, averaged, theirs = (env.step(action)[0].float() for env in envs)
     assert (pictures - theirs).abs().mean() < 4.5  # of 255; the shadows are 2 of it
     assert (smoother - theirs).abs().mean() < 1.5
+    assert (averaged - theirs).abs().mean() < 1.6
     for colour in (0, 2) if task == "insertion" else (0,):  # the peg or cube is red, the socket blue
         rest = [c for c in range(3) if c != colour]
         seen = [p[..., colour] > p[..., rest].amax(-1) + 60 for p in (pictures, theirs)]
@@ -208,6 +211,23 @@ def test_frame_stack(make):
             shown = [single] * 3
         else:
             assert torch.equal(obs, info["final_obs"])
+
+
+@needs_gl
+@pytest.mark.parametrize("frame_stack", [1, 2])
+def test_who_is_not_watched_is_not_drawn(make, frame_stack):
+    """Neither in a step nor where its episode begins; the others look as they would."""
+    config = {"obs_type": "pixels", "episode_steps": 3, "frame_stack": frame_stack}
+    env, all_seen = make(3, **config), make(3, **config)
+    before, _ = env.reset(seed=5)
+    all_seen.reset(seed=5)
+    env.watched, drawn = torch.tensor([True, False, True]), []
+    render = env.renderer.render
+    env.renderer.render = lambda qpos, rows: (drawn.extend(rows.tolist()), render(qpos, rows))[1]
+    for action in actions(4, 3):
+        obs, theirs = env.step(action)[0], all_seen.step(action)[0]
+        assert torch.equal(obs[[0, 2]], theirs[[0, 2]]) and torch.equal(obs[1], before[1])
+    assert set(drawn) == {0, 2}
 
 
 @needs_gl
@@ -536,6 +556,7 @@ def test_registration():
         ({"crop": (0.5, 0, 0.4, 1)}, "--crop takes left, top, right and bottom within 0 and 1"),
         ({"joint_step": 0}, "--joint-step takes a number above 0"),
         ({"reward_gamma": 1.5}, "--reward-gamma takes a number above 0 and at most 1"),
+        ({"supersample": 0}, "--supersample takes 1 or more, got 0"),
         ({"samples": 3}, "--samples takes 0 or 4, got 3"),
         ({"size": 3}, "AlohaEnv has no setting size"),
         ({"num_envs": 0}, "--num-envs takes 1 or more"),

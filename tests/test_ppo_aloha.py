@@ -86,6 +86,25 @@ def test_the_warm_start_clones_the_means_and_leaves_the_critic(warm_start, capsy
     assert "warm start, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_expert_may_act_less_often_from_the_beginning(warm_start, share):
+    run = warm_start(bc_expert=share)
+    by_expert = [(dist == stored["labels"]).all(1) for dist, stored in zip(run.drawn, run.stored, strict=True)]
+    first = torch.stack(by_expert[: len(by_expert) // 5]).float().mean()
+    assert first == 0 if share == 0 else 0.2 < first < 0.7
+
+
+def test_training_may_begin_with_a_policy(script, run_main, minibatches):
+    state = run_main(learning_rate=1e-2)
+    path = f"{state['args']['log_dir']}/checkpoints/final_model.pt"
+    minibatches.clear()
+    again = run_main(model_path=path, seed=7)
+    begun = minibatches[0].agent.state_dict()
+    assert all(torch.equal(value, state["agent"][name]) for name, value in begun.items())
+    assert again["iteration"] == state["iteration"]  # its iterations and steps count from zero
+    assert not torch.equal(again["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
 def test_an_interrupt_ends_the_warm_start(warm_start):
     assert warm_start(interrupt=True).done["warm_start_frames"] == 0
 
@@ -282,6 +301,7 @@ class Race:
     """World 0 succeeds in every second step, world 1 never within the five steps of an episode."""
 
     num_envs, device, metric_names = 2, "cpu", ("success", "highest_level", "mean_reward")
+    watching = []
 
     def __init__(self, num_envs, device, seed, **settings):
         assert num_envs == 2 and settings["reward"] == "sparse" and settings["env_backend"] == "fast"
@@ -293,6 +313,7 @@ class Race:
 
     def step(self, actions):
         self.clock += 1
+        self.watching.append(self.watched.tolist())
         success = torch.tensor([self.clock % 2 == 0, False])
         done = success | torch.tensor([False, self.clock % 5 == 0])
         episode = {"l": torch.tensor([2, 5]), "success": success.float(), "highest_level": torch.tensor([4.0, 1.0])}
@@ -306,7 +327,9 @@ class Race:
 def test_every_world_counts_once_a_round_on_the_packages_reward(monkeypatch):
     monkeypatch.setattr(aloha_eval, "AlohaEnv", Race)
     monkeypatch.setitem(aloha_eval.MOST_ENVS, "fast", 2)
+    monkeypatch.setattr(Race, "watching", [])
     result = aloha_eval.evaluate(lambda obs: obs, AlohaConfig(reward="progress"), "cpu", 5)
+    assert Race.watching == 3 * (2 * [[True, True]] + 3 * [[False, True]])
     assert result["episodes"] == 6 and result["success_rate"] == 0.5
     assert result["highest_level"] == [0, 3, 0, 0, 3] and result["mean_highest_level"] == 2.5
     assert result["mean_return"] == pytest.approx((2 * 2.0 + 5 * 0.2) / 2) and result["mean_length"] == 3.5

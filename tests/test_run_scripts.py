@@ -349,6 +349,7 @@ MISTAKES = [
     ("--gamma 1.5", "--gamma", "1.5", "from 0 to below 1"),
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--hidden 64 0", "--hidden", "above 0"),
+    ("--seed -1", "--seed", "0 or a number above it"),
     ("--num-env 3", "--num-env;", "--num-envs"),
     ("--device cuda", "--device", "cuda"),
     ("--device gpu", "--device", "gpu", "cuda"),

@@ -67,6 +67,8 @@ class AlohaConfig:
     """what of the robots' meshes is finer than this is not drawn by the fast backend (m; 0: draw everything)"""
     samples: int = 0
     """samples per pixel of the fast backend's pictures, 0 or 4; 4 has the package's soft edges and costs 1.8 times"""
+    supersample: int = 1
+    """the fast backend draws its pictures so many times larger a side and averages: 2 has soft edges for less time"""
     shadows: bool = False
     """draw shadows in the fast backend's pictures, as the package does, at 4 times the cost"""
     action_mode: Literal["delta", "absolute"] = "delta"
@@ -157,9 +159,10 @@ def _check(cfg: AlohaConfig, num_envs: int):
         if get_origin(field.type) is Literal:
             require(value in choices, field.name, f"one of {', '.join(choices)}", value)
     require(num_envs >= 1, "num_envs", "1 or more", num_envs)
-    for name in ("image_height", "image_width", "frame_stack", "episode_steps"):
+    for name in ("image_height", "image_width", "frame_stack", "supersample", "episode_steps"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
     require(cfg.samples in (0, 4), "samples", "0 or 4", cfg.samples)
+    require(cfg.threads >= 0, "threads", "0 or more", cfg.threads)
     for name in ("joint_step", "gripper_step"):
         require(getattr(cfg, name) > 0, name, "a number above 0", getattr(cfg, name))
     require(cfg.mesh_detail >= 0, "mesh_detail", "0 or more metres", cfg.mesh_detail)
@@ -239,6 +242,7 @@ class AlohaEnv(VectorEnv):
         self.frames = torch.zeros(N, *pixels, dtype=torch.uint8, device=self.device)
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
+        self.watched = self._everyone  # until the next reset only these are drawn; others show their last picture
 
     BUFFERS = ("target", "level", "highest_level", "potential", "episode_length", "phase", "totals", "frames")
     BUFFERS += ("nan_resets",)
@@ -252,7 +256,8 @@ class AlohaEnv(VectorEnv):
         if self.package:
             size, quality = (PICTURE_HEIGHT, PICTURE_WIDTH), {"shadows": True, "samples": PICTURE_SAMPLES}
         else:
-            size, quality = (cfg.image_height, cfg.image_width), {"shadows": cfg.shadows, "samples": cfg.samples}
+            size = cfg.supersample * cfg.image_height, cfg.supersample * cfg.image_width
+            quality = {"shadows": cfg.shadows, "samples": cfg.samples}
             model = camera_crop(model, cfg.crop, *size)
             model.vis.quality.shadowsize = FAST_SHADOWS
             if cfg.mesh_detail and self.physics.backend == "mujoco":
@@ -269,6 +274,7 @@ class AlohaEnv(VectorEnv):
         """Starts all episodes; `options={"random_phase": True}` spreads their ages over the time limit."""
         if seed is not None:
             self.generator.manual_seed(seed)
+        self.watched = self._everyone
         self._reset(self._everyone)
         if options and options.get("random_phase"):
             self.phase = (self._uniform(self.num_envs) * self.cfg.episode_steps).long()
@@ -429,7 +435,7 @@ class AlohaEnv(VectorEnv):
             obs["state"] = torch.cat((agent_pos, joint_vel, qpos[:, 16:]), 1).float()
         if cfg.obs_type == "state":
             return obs["state"]
-        rows = (new if refresh else self._everyone).nonzero().flatten()
+        rows = (new & self.watched if refresh else self.watched).nonzero().flatten()
         pictures = self._pictures(rows)
         self.frames = self.frames.clone() if refresh else torch.cat((self.frames[..., 3:], self.frames[..., :3]), -1)
         self.frames[rows, ..., -3:] = pictures
@@ -442,13 +448,14 @@ class AlohaEnv(VectorEnv):
     def _pictures(self, rows: torch.Tensor) -> torch.Tensor:
         """uint8 (rows, image_height, image_width, 3)."""
         cfg, pictures = self.cfg, self.renderer.render(self.physics.qpos, rows)
-        if not self.package:
+        if self.package:
+            left, top, right, bottom = cfg.crop
+            across = slice(round(left * PICTURE_WIDTH), round(right * PICTURE_WIDTH))
+            down = slice(round(top * PICTURE_HEIGHT), round(bottom * PICTURE_HEIGHT))
+            pictures = pictures[:, down, across]
+        elif cfg.supersample == 1:
             return pictures
-        left, top, right, bottom = cfg.crop
-        across = slice(round(left * PICTURE_WIDTH), round(right * PICTURE_WIDTH))
-        down = slice(round(top * PICTURE_HEIGHT), round(bottom * PICTURE_HEIGHT))
-        seen = pictures[:, down, across].permute(0, 3, 1, 2).float()
-        small = adaptive_avg_pool2d(seen, (cfg.image_height, cfg.image_width))
+        small = adaptive_avg_pool2d(pictures.permute(0, 3, 1, 2).float(), (cfg.image_height, cfg.image_width))
         return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _read_level(self) -> torch.Tensor:

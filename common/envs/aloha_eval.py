@@ -17,7 +17,7 @@ from common.storage import take, to
 
 FILM_SIZE = 360  # pixels a side of each of the two pictures
 FILM_DETAIL = 0.003  # m, what of the meshes is finer than this is not drawn
-MOST_ENVS = {"fast": 64, "gym-aloha": 2}  # environments at once; the package draws long for those that wait, too
+MOST_ENVS = {"fast": 64, "gym-aloha": 2}  # environments at once
 
 
 def plain(cfg: AlohaConfig) -> dict:
