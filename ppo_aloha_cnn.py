@@ -410,8 +410,7 @@ def main(args: Args):
     # --- agent
     curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
-    if args.model_path and not args.resume:  # in training the policy to begin with
-        checkpoint.load_agent(agent, checkpoint.load(args.model_path, SCRIPT), "--model-path")
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

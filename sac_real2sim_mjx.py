@@ -445,6 +445,7 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     critic_learning_rate = torch.tensor(args.critic_learning_rate, device=device)
     alpha_learning_rate = torch.tensor(args.alpha_learning_rate, device=device)

@@ -68,7 +68,7 @@ class RunArgs:
     eval_interval: int = 0  # iterations between evaluations of the deterministic policy (0: at the end only)
     resume: str = ""  # run folder or checkpoint to continue
     eval_only: bool = False  # evaluate --model-path and stop
-    model_path: str = ""  # checkpoint for --eval-only
+    model_path: str = ""  # checkpoint for --eval-only; in training the policy to begin with
     eval_episodes: int = 128  # fewest episodes of an evaluation
     save_video: bool = True  # write an mp4 at the final evaluation
 
