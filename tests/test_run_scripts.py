@@ -115,7 +115,8 @@ def test_training_may_begin_with_a_policy(script, finished, tmp_path):
     still = {"learning_rate": 1e-20, "critic_learning_rate": 1e-20, "alpha_learning_rate": 1e-20, "desired_kl": 0}
     names = still.keys() & script.ppo.Args.__dataclass_fields__.keys()
     flags = [word for name in names for word in (f"--{name.replace('_', '-')}", still[name])]
-    assert run(script, *tiny(script, 1), "--model-path", finished[0], *flags, "--log-dir", tmp_path) == 0
+    flags = [*tiny(script, 1), *script.finished, *flags, "--model-path", finished[0], "--log-dir", tmp_path]
+    assert run(script, *flags) == 0
     old = checkpoint.load(finished[0], script.name)
     begun = checkpoint.load(tmp_path / "checkpoints" / "final_model.pt", script.name)
     assert begun["iteration"] == 1 and begun["args"]["seed"] != old["args"]["seed"]
