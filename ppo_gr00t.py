@@ -8,7 +8,9 @@
 
 The action head is a flow: it integrates a velocity from noise to a chunk of actions in K steps. PPO needs the
 probability of what was drawn, so the integration is made a stochastic one with the same marginals (Flow-SDE, arXiv
-2510.25889), whose steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured.
+2510.25889), whose steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured:
+on one core a clone with 43% of success comes to 75% in 16 minutes by the flow, to 89% in 9 by the residual;
+the mlp to 100% in 3 (one seed each, benchmark/results/gr00t.json).
 """
 
 import math
