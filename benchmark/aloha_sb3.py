@@ -4,10 +4,10 @@
 
 Both train on the same fast environment with the hyperparameters of `--preset document` (Stable-Baselines3 is what the
 document trains with), without any warm start, for the same number of steps, in turn and with one thread each; fewer
---num-steps than the preset's 2048 make a shorter comparison. The picture is small, since the document's 480 x 640 make a
-linear layer of 139 million weights and a rollout of 7.5 GB. The figures are steps per second after the first
-iteration, rollout and update, and the curves of the return and of the highest level while training: `ours` is also the
-honest curve of the document's preset.
+--num-steps than the preset's 2048 make a shorter comparison. The picture is small, since the document's 480 x 640
+pixels make a linear layer of 139 million weights and a rollout of 7.5 GB. The figures are steps per second after the
+first iteration, rollout and update, and the curves of the return and of the highest level while training: `ours` is
+also the honest curve of the document's preset.
 
 FOLDER is that of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`, where it is not
 installed. What stays different: Stable-Baselines3 takes no unbounded actions, so its box is +-10, ten of its standard
