@@ -3,15 +3,15 @@
     python benchmark/aloha_sb3.py --sb3 FOLDER
 
 Both train on the same fast environment with the hyperparameters of `--preset document` (Stable-Baselines3 is what the
-document trains with), without any warm start, for the same number of steps, in turn and with one thread each. The
-picture is small, since the document's 480 x 640 pixels make a linear layer of 139 million weights and a rollout of
-7.5 GB. The figures are steps per second after the first iteration, rollout and update, and the curves of the return and
-of the highest level while training: `ours` is also the honest curve of the document's preset.
+document trains with), without any warm start, for the same number of steps, in turn and with one thread each; fewer
+--num-steps than the preset's 2048 make a shorter comparison. The picture is small, since the document's 480 x 640
+pixels make a linear layer of 139 million weights and a rollout of 7.5 GB. The figures are steps per second after the
+first iteration, rollout and update, and the curves of the return and of the highest level while training: `ours` is
+also the honest curve of the document's preset.
 
 FOLDER is that of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`, where it is not
-installed. What stays different: Stable-Baselines3 normalises advantages per minibatch as ours does, but with a layout
-of tensors, an Adam and a loop of its own, and knows of no level; it takes no unbounded actions, so its box is +-10, at
-ten of its standard deviations.
+installed. What stays different: Stable-Baselines3 takes no unbounded actions, so its box is +-10, ten of its standard
+deviations. Both run in float32.
 """
 
 import json
@@ -33,6 +33,7 @@ from common.storage import take
 
 PRESET = ppo.PRESETS["document"]
 CURVES = ("charts/episodic_return", "env/highest_level", "env/success")
+MINIBATCH_SIZE = PRESET["num_envs"] * PRESET["num_steps"] // PRESET["num_minibatches"]
 BOUND = 10.0  # of Stable-Baselines3's actions, at the initial standard deviation of 1
 
 
@@ -97,8 +98,8 @@ def train_sb3(args) -> dict:
             return True
 
     envs = Adapter(AlohaEnv(PRESET["num_envs"], "cpu", args.seed, **environment(args)))
-    batch_size = PRESET["num_envs"] * PRESET["num_steps"]
-    settings = {"n_steps": PRESET["num_steps"], "batch_size": batch_size // PRESET["num_minibatches"]}
+    batch_size = PRESET["num_envs"] * args.num_steps
+    settings = {"n_steps": args.num_steps, "batch_size": MINIBATCH_SIZE}
     settings |= {"n_epochs": PRESET["update_epochs"], "learning_rate": PRESET["learning_rate"], "gamma": 0.99}
     settings |= {"ent_coef": PRESET["ent_coef"], "vf_coef": 0.5 * PRESET["vf_coef"], "seed": args.seed}
     settings |= {"max_grad_norm": PRESET["max_grad_norm"], "device": "cpu"}
@@ -127,11 +128,13 @@ def train_ours(args, run_dir: Path) -> dict:
     flags = ["--preset", "document", "--env-id", args.env_id, "--seed", args.seed, "--num-iterations", args.iterations]
     for name, value in picture(args).items():
         flags += [f"--{name.replace('_', '-')}", value]
+    flags += ["--num-steps", args.num_steps]
+    flags += ["--num-minibatches", PRESET["num_envs"] * args.num_steps // MINIBATCH_SIZE]
     flags += ["--device", "cpu", "--ranks", 1, "--threads", 1, "--log-interval", 1, "--log-dir", run_dir]
     flags += ["--eval-episodes", args.episodes, "--no-save-video"]
     log = run_dir.with_suffix(".log")
     tools.finish(tools.start("ppo_aloha_cnn.py", flags, log), log)
-    rate = tools.logged_rate(run_dir, PRESET["num_envs"] * PRESET["num_steps"])
+    rate = tools.logged_rate(run_dir, PRESET["num_envs"] * args.num_steps)
     scalars = tools.read_scalars(run_dir)
     curves = {name: scalars[name] for name in CURVES if name in scalars}
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -144,13 +147,16 @@ def main():
     parser.add_argument("--sb3", type=Path, help="folder of `pip install --target`, if it is not installed")
     parser.add_argument("--env-id", choices=list(ppo.TASKS), default="AlohaInsertion-v0")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=4, help="of 4 x 2048 steps; the first is not timed")
+    parser.add_argument("--iterations", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--num-steps", type=int, default=PRESET["num_steps"], help="per environment and iteration")
     parser.add_argument("--image-height", type=int, default=60)
     parser.add_argument("--image-width", type=int, default=80)
     parser.add_argument("--mesh-detail", type=float, default=0.012, help="what is finer is not drawn (m)")
     parser.add_argument("--episodes", type=int, default=64, help="of the evaluation of ours at the end")
     parser.add_argument("--one-side", type=Path, help="file that Stable-Baselines3's side is written to, and no more")
     args = parser.parse_args()
+    if args.num_steps % (MINIBATCH_SIZE // PRESET["num_envs"]):
+        parser.error(f"--num-steps got {args.num_steps}; it takes a multiple of {MINIBATCH_SIZE // PRESET['num_envs']}")
     if args.iterations < 2:
         parser.error(f"--iterations got {args.iterations}; it takes 2 or more")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -167,7 +173,8 @@ def main():
         sides["sb3"] = json.loads(side.read_text())
         sides["ratio"] = sides["ours"]["steps_per_second"] / sides["sb3"]["steps_per_second"]
         print(f"Stable-Baselines3: {sides['sb3']['steps_per_second']:,.0f} steps/s, ratio {sides['ratio']:.2f}")
-    sides["settings"] = {**PRESET, **picture(args), "env_id": args.env_id, "iterations": args.iterations}
+    sides["settings"] = PRESET | picture(args) | {"env_id": args.env_id, "num_steps": args.num_steps}
+    sides["settings"] |= {"iterations": args.iterations, "minibatch_size": MINIBATCH_SIZE}
     versions = {"stable-baselines3": isaac_speed.sb3_version(args.sb3)}
     tools.write(args, "aloha_sb3", [args.seed], PRESET["num_envs"], began, sides, versions)
 
