@@ -20,11 +20,7 @@ $PY benchmark/peg_capacity.py                                        # 1 min: co
 $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50
 $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
-SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_1 | tail -1)           # three scans, from the policy that knows the box
-$PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50_000 \
-    --total-timesteps TOTAL
 $PY benchmark/real2sim_env_speed.py --engines mujoco
-$PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3           # 10 min
 SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_2 | tail -1)           # three scans, from a policy that knows the box
 $PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50000 \
     --total-timesteps 675000
