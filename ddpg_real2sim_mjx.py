@@ -6,8 +6,10 @@
 
 DDPG is that of Lillicrap et al. 2016 (arXiv 1509.02971) in CleanRL's words; what large batches of simulations ask for,
 as found in PQL (Li et al. 2023, arXiv 2307.12983) and FastTD3 (Seo et al. 2025, arXiv 2505.22642), is a flag each, with
-its source beside it. `sac_real2sim_mjx.py` differs from this file by its actor alone, and has learned the task; this
-one has not yet been trained on its present reward (docs/real2sim.md).
+its source beside it. `sac_real2sim_mjx.py` differs from this file by its actor and its discount alone.
+
+Measured on one shared CPU core, one seed (benchmark/results/real2sim.json): after 600,000 steps in 14 minutes the
+deterministic policy holds the box at the goal in 89.5% of 512 fresh episodes. Nothing has been measured on a GPU yet.
 """
 
 import copy
@@ -420,6 +422,7 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     critic_learning_rate = torch.tensor(args.critic_learning_rate, device=device)
     actor_optimizer = FlatAdam(agent.actor.parameters(), learning_rate, eps=1e-8)

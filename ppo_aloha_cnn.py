@@ -382,10 +382,9 @@ def default_preset(args: Args) -> str:
 def check_args(args: Args):
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    for name in ("embedding", "critic_learning_rate"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
-    cli.check_flag(args, args.critic_iterations >= 0, "critic_iterations", "0 or a number above it")
+    cli.check_flag(args, args.critic_learning_rate > 0, "critic_learning_rate", "a number above 0")
     dagger.check_args(args)
+    cli.check_image_size(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -411,8 +410,7 @@ def main(args: Args):
     # --- agent
     curriculum = Curriculum(args, envs, args.seed) if args.demo_resets else None
     agent = Agent(envs, args).to(device)
-    if args.model_path and not args.resume:  # in training the policy to begin with
-        checkpoint.load_agent(agent, checkpoint.load(args.model_path, SCRIPT), "--model-path")
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

@@ -337,6 +337,7 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

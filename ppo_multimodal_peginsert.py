@@ -173,20 +173,19 @@ class Encoder(nn.Module):
     def __init__(self, spaces, embedding: int):
         super().__init__()
         encoders = {
-            "rgb": lambda: cnn(3, spaces["rgb"].shape[0], (32, 64, 64), (8, 4, 3), (4, 2, 1), 256),
-            "tactile": lambda: cnn(6, spaces["tactile"].shape[1], (16, 32, 32), (4, 3, 3), (2, 2, 2), 128),
+            "rgb": lambda: cnn(3, spaces["rgb"].shape[0], (16, 32, 32), (8, 4, 3), (4, 2, 1), 128),
+            "tactile": lambda: cnn(6, spaces["tactile"].shape[1], (16, 32), (8, 3), (4, 2), 128),
             "proprio": lambda: nn.Sequential(mlp(spaces["proprio"].shape[0], (128,), 128, 2**0.5), nn.LayerNorm(128)),
         }
-        widths = {"rgb": 256, "tactile": 128, "proprio": 128}
         self.encoders = nn.ModuleDict({name: encoders[name]() for name in spaces})
-        fusion = layer_init(nn.Linear(sum(widths[name] for name in spaces), embedding))
+        fusion = layer_init(nn.Linear(128 * len(spaces), embedding))
         self.fusion = nn.Sequential(fusion, nn.LayerNorm(embedding), nn.ReLU())
         self.register_buffer("tactile_scale", torch.tensor(TACTILE_SCALE * 2)[:, None, None])
 
     def forward(self, obs):
         obs = dict(obs)
         if "rgb" in obs:  # detail 22: images scaled to [0, 1]
-            obs["rgb"] = obs["rgb"].permute(0, 3, 1, 2).float() / 255  # of movedim, ONNX makes an invalid file
+            obs["rgb"] = obs["rgb"].permute(0, 3, 1, 2) / 255  # of movedim, ONNX makes an invalid file
         if "tactile" in obs:
             obs["tactile"] = obs["tactile"] / self.tactile_scale
         return self.fusion(torch.cat([encoder(obs[name]) for name, encoder in self.encoders.items()], 1))
@@ -350,7 +349,7 @@ def check_args(args: Args):
     agents.check(args)
     cli.check_ranges(args)
     cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-    cli.check_flag(args, args.embedding > 0, "embedding", "a number above 0")
+    cli.check_image_size(args)
     cli.check_compiler(args)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -383,6 +382,7 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

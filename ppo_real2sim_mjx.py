@@ -4,8 +4,10 @@
     python ppo_real2sim_mjx.py --observation compact                # from 25 numbers, without the joints' state
     python ppo_real2sim_mjx.py --eval-only --model-path runs/.../checkpoints/final_model.pt
 
-`sac_real2sim_mjx.py` and `ddpg_real2sim_mjx.py` learn the same task from a replay buffer. SAC has learned it; PPO grips
-but has not been seen to lift (docs/real2sim.md).
+`sac_real2sim_mjx.py` and `ddpg_real2sim_mjx.py` learn the same task from a replay buffer, from fewer steps.
+
+Measured on one shared CPU core, one seed (benchmark/results/real2sim.json): after 3.28 million steps in 16 minutes the
+deterministic policy holds the box at the goal in 95.3% of 512 fresh episodes. Nothing has been measured on a GPU yet.
 
 Of the 37 details, those of Atari (14-22), LSTMs (32-36) and MultiDiscrete actions (37) have no place here;
 docs/details.md gives the reason for each.
@@ -310,6 +312,7 @@ def main(args: Args):
 
     # --- agent
     agent = Agent(envs, args).to(device)
+    checkpoint.begin_with(agent, args, SCRIPT)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
     optimizer = FlatAdam(agent.parameters(), learning_rate, eps=1e-5)  # detail 3: Adam's epsilon

@@ -4,7 +4,7 @@
     python benchmark/gr00t.py --seeds 1 --policies gr00t --num-iterations 50
     python benchmark/gr00t.py --policies mlp --seeds 1 2 3              # the state task
     python benchmark/gr00t.py --policies gr00t --seeds 1 --run runs/...  # a run that was trained already
-    python benchmark/gr00t.py --policies gr00t --seeds 1 --variant "critic on features" --no-privileged
+    python benchmark/gr00t.py --policies gr00t --seeds 1 --variant "noise correlated by 0.8" --noise-correlation 0.8
 
 Per seed one tiny GR00T is cloned, and every policy starts from it with the same samples per iteration. Unknown flags
 go to ppo_gr00t.py. Results of policies, variants and seeds that were not asked for stay in the file. Beside the JSON, a
@@ -80,6 +80,7 @@ def draw(runs: dict, path: Path):
                 ax.plot(thousands, rates, color=colour, label=name if i == 0 else None, marker=".")
         unit = "actions" if panel is mlp else "chunks"
         ax.set(xlabel=f"thousand {unit}", ylabel="success of the deterministic policy (%)", ylim=(0, 100))
+        ax.set_xlim(left=0)
         ax.legend()
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=140)

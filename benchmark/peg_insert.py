@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tools
+from matplotlib.figure import Figure
 
 import ppo_multimodal_peginsert as ppo
 from common import checkpoint
@@ -32,8 +33,8 @@ VARIANTS = {
 CURVES = ("env/success", "env/difficulty", "charts/episodic_return", "charts/SPS")
 
 
-def measure(run_dir, episodes: int) -> dict:
-    """The last policy of a run at every difficulty, and the curves of its training."""
+def measure(run_dir, episodes: int, difficulties: list[float]) -> dict:
+    """The last policy of a run at `difficulties`, and the curves of its training."""
     state = checkpoint.load(run_dir, ppo.SCRIPT)
     args = ppo.Args(**{name: v for name, v in state["args"].items() if name in ppo.Args.__dataclass_fields__})
     envs = PegInsertEnv(1, "cpu", cfg=args)
@@ -41,7 +42,7 @@ def measure(run_dir, episodes: int) -> dict:
     envs.close()
     agent.load_state_dict(state["agent"])
     levels = []
-    for level in LEVELS:
+    for level in difficulties:
         result = evaluate(agent, replace(plain(args), difficulty=level), "cpu", episodes, tools.EVAL_SEED)
         levels.append(result)
         low, high = result["success_ci95"]
@@ -51,11 +52,34 @@ def measure(run_dir, episodes: int) -> dict:
     return {"levels": levels, "summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
 
 
+def plot(runs: dict, path: Path):
+    """Of the runs from modalities: success while training, of the sampling policy, and after it of the deterministic
+    one, at the highest difficulty that was tried."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    curves, ends = figure.subplots(1, 2)
+    variants = [name for name in VARIANTS if name in runs and name != "state"]
+    for place, variant in enumerate(variants):
+        for seed, run in runs[variant].items():
+            curve = run["curves"].get("env/success", [])
+            label = variant if seed == next(iter(runs[variant])) else None
+            curves.plot([s / 1000 for s, _ in curve], [v for _, v in curve], color=f"C{place}", lw=1, label=label)
+            result = run["levels"][-1]
+            x = place + 0.12 * (list(runs[variant]).index(seed) - (len(runs[variant]) - 1) / 2)
+            ends.plot([x, x], result["success_ci95"], color=f"C{place}")
+            ends.plot(x, result["success_rate"], "o", color=f"C{place}")
+    curves.set(xlabel="thousand steps", ylabel="success while training", ylim=(-0.02, 1.02))
+    curves.legend()
+    ends.set(ylabel="success, deterministic policy", ylim=(-0.02, 1.02))
+    ends.set_xticks(range(len(variants)), variants)
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["state"])
     parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="difficulties of the evaluations")
     parser.add_argument("--run", type=Path, help="folder of a finished or stopped run, instead of training one")
     args, flags = parser.parse_known_args()
     began, folder = time.time(), tools.new_folder(args, "peg_insert")
@@ -69,9 +93,10 @@ def main():
             if not args.run:
                 log = run_dir.with_suffix(".log")
                 tools.finish(tools.start("ppo_multimodal_peginsert.py", command, log), log)
-            run = {"flags": [*VARIANTS[variant], *flags]} | measure(run_dir, args.episodes)
+            run = {"flags": [*VARIANTS[variant], *flags]} | measure(run_dir, args.episodes, args.levels)
             runs.setdefault(variant, {})[str(seed)] = run
             tools.write(args, "peg_insert", args.seeds, None, began, {"runs": runs})
+            plot(runs, args.out / "peg_insert.png")
 
 
 if __name__ == "__main__":

@@ -39,21 +39,26 @@ from common.envs.real2sim_eval import evaluate, plain
 from common.meshes import EXAMPLES, write_examples
 from common.provenance import ROOT
 
-# What the plot compares. The runs named sac_... are of other tasks.
-COLOURS = {"sac": "tab:blue", "ppo": "tab:orange", "ddpg": "tab:green", "cleanrl": "tab:red"}
-LABELS = {"sac": "SAC", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
+# What the plot compares; sac_scans and sac_compact are of other tasks.
+COLOURS = {"sac": "tab:blue", "sac_gamma_0.97": "lightsteelblue", "ppo": "tab:orange", "ddpg": "tab:green"}
+COLOURS |= {"cleanrl": "tab:red"}
+LABELS = {"sac": "SAC", "sac_gamma_0.97": "SAC, gamma 0.97", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
 # {name: (script, flags beside its preset's)}
 ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
 ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", ["--objects", "box", "mug", "bunny"])
+ALGORITHMS["sac_gamma_0.97"] = ("sac_real2sim_mjx", ["--gamma", 0.97])
 ALGORITHMS["sac_compact"] = ("sac_real2sim_mjx", ["--observation", "compact"])
 PEER = "cleanrl"
 PEER_ENVS = 8
 CURVE_EPISODES = 256  # of each point on the peer's curve, as in our scripts' preset
 GOAL = 0.9  # success that counts as learned
+KEYS = ("episodes", "success_rate", "success_ci95", "success_once_rate", "fallen_rate")  # of shorter results
 
 
 def measure(run_dir, script: str, args) -> dict:
-    """The last policy of a run on fresh seeds, and the success of the policies on the way to it."""
+    """The last policy of a run on fresh seeds, and the success of the policies on the way to it. `best`: that of the
+    policy which the run's own evaluations liked best, on the same fresh seeds.
+    """
     module = importlib.import_module(script)
     state = checkpoint.load(run_dir, script)
     trained = module.Args(**{name: v for name, v in state["args"].items() if name in module.Args.__dataclass_fields__})
@@ -66,6 +71,14 @@ def measure(run_dir, script: str, args) -> dict:
     say("all its objects" if len(cfg.objects) > 1 else cfg.objects[0], result)
     if args.per_object:
         result["per_object"] = measure_objects(agent, cfg, args)
+    best = Path(run_dir) / "checkpoints" / "best_model.pt"
+    if best.exists():
+        chosen = checkpoint.load(best, script)
+        agent.load_state_dict(chosen["agent"])
+        found = evaluate(agent, cfg, "cpu", args.episodes, tools.EVAL_SEED)
+        say("best checkpoint", found)
+        result["best"] = {"steps": chosen["global_step"], "minutes": chosen["elapsed"] / 60}
+        result["best"] |= {key: found[key] for key in KEYS}
     scalars = tools.read_scalars(run_dir)
     seconds = dict(scalars["charts/elapsed"])
     curve = []
@@ -85,8 +98,7 @@ def measure_objects(agent, cfg: Real2SimConfig, args) -> dict[str, dict]:
     for name in (*EXAMPLES, str(cloud)):
         alone = replace(cfg, objects=(name,), held_out=())
         result = evaluate(agent, alone, "cpu", args.episodes, tools.EVAL_SEED)
-        keys = ("episodes", "success_rate", "success_ci95", "success_once_rate", "fallen_rate")
-        found[Path(name).stem] = {"trained": name in cfg.objects} | {key: result[key] for key in keys}
+        found[Path(name).stem] = {"trained": name in cfg.objects} | {key: result[key] for key in KEYS}
         say(Path(name).stem, result)
     return found
 
@@ -98,13 +110,13 @@ def measure_peer(run_dir: Path, args) -> dict:
     if not policies:
         raise SystemExit(f"{run_dir} holds no policy; give CleanRL more --minutes")
     curve = []
-    for steps, minutes, policy in policies[:-1]:
+    for when, policy in policies[:-1]:
         result = evaluate(policy, cfg, "cpu", CURVE_EPISODES, tools.EVAL_SEED)
-        curve.append({"steps": steps, "minutes": minutes, "success_rate": result["success_rate"]})
-    steps, minutes, policy = policies[-1]
+        curve.append(when | {"success_rate": result["success_rate"]})
+    when, policy = policies[-1]
     result = evaluate(policy, cfg, "cpu", args.episodes, tools.EVAL_SEED)
     say("box", result)
-    summary = {"steps": steps, "minutes": minutes, "num_envs": PEER_ENVS, "ranks": 1, "learned_at": learned_at(curve)}
+    summary = when | {"num_envs": PEER_ENVS, "ranks": 1, "learned_at": learned_at(curve)}
     return {"evaluation": result, "summary": summary, "curve": curve}
 
 
@@ -204,7 +216,7 @@ def main():
                     command += ["--resume", args.resume.resolve()] if args.resume else []
                     tools.finish(tools.start(f"{name}.py", command, log), log)
                 run = {"flags": [*own, *flags], "resumed": bool(args.resume)} | measure(run_dir, name, args)
-            run["summary"]["cpu_minutes"] = None if args.run else children_minutes() - before
+                run["summary"]["cpu_minutes"] = None if args.run else children_minutes() - before
             runs.setdefault(algorithm, {})[str(seed)] = run
             tools.write(args, "real2sim", args.seeds, None, began, {"runs": runs})
             plot(runs, args.out / "real2sim.png")

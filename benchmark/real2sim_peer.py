@@ -74,18 +74,18 @@ class ArrayEnv:
         steps *= self.num_envs
         if steps // KEEP_EVERY > self.kept:
             self.kept = steps // KEEP_EVERY
-            state = {"steps": steps, "minutes": (time.time() - self.began) / 60, "actor": actor.state_dict()}
-            torch.save(state, Path(f"policy_{steps}.pt"))
+            when = {"steps": steps, "minutes": (time.time() - self.began) / 60, "cpu_minutes": time.process_time() / 60}
+            torch.save({"when": when, "actor": actor.state_dict()}, Path(f"policy_{steps}.pt"))
 
     def close(self):
         self.envs.close()
 
 
-def policies(folder: Path) -> list[tuple[int, float, nn.Module]]:
-    """[(steps, minutes, deterministic policy)] of a run in `folder`, oldest first."""
+def policies(folder: Path) -> list[tuple[dict, nn.Module]]:
+    """[({"steps", "minutes", "cpu_minutes"}, deterministic policy)] of a run in `folder`, oldest first."""
     states = [torch.load(path, weights_only=True) for path in folder.glob("policy_*.pt")]
-    states.sort(key=lambda state: state["steps"])
-    return [(state["steps"], state["minutes"], _policy(state["actor"])) for state in states]
+    states.sort(key=lambda state: state["when"]["steps"])
+    return [(state["when"], _policy(state["actor"])) for state in states]
 
 
 def _policy(weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -16,12 +16,14 @@ $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 $PY benchmark/peg_env_speed.py                                       # 3 min
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
+$PY benchmark/peg_capacity.py                                        # 1 min: computed, no GPU
 $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50
 $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
-SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_1 | tail -1)           # three scans, from the policy that knows the box
-$PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50_000 \
-    --total-timesteps TOTAL
+$PY benchmark/real2sim_env_speed.py --engines mujoco
+SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_2 | tail -1)           # three scans, from a policy that knows the box
+$PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50000 \
+    --total-timesteps 675000
 $PY benchmark/sac_gym.py --games Pendulum-v1 --seeds 1 2 3               # 10 min
 $PY benchmark/aloha_env_speed.py                                     # 3 min, and the expert's 1,600 episodes
 $PY benchmark/gr00t_memory.py                                        # 1 min: computed, no GPU
@@ -39,6 +41,8 @@ $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
 $PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min
 $PY benchmark/isaac_speed.py ${CLEANRL:+--cleanrl "$CLEANRL"} ${SB3:+--sb3 "$SB3"}                    # 60 min
+[ -z "$CLEANRL" ] || $PY benchmark/real2sim.py --algorithms cleanrl --minutes 8.5 \
+    --cleanrl "$(dirname "$CLEANRL")/sac_continuous_action.py"       # in a copy of CleanRL's repository, 11 min
 $PY benchmark/gym_mujoco.py --seeds 1 2 3 --headline-seeds 1 2 3 4 5 ${CLEANRL:+--cleanrl "$CLEANRL"} # 4 h
 if [ -n "$ISAAC_PYTHON" ]; then  # the Python of an environment with Isaac Lab 3.x, docs/isaac.md
     $ISAAC_PYTHON benchmark/isaac_kitless.py --seeds 1 2 3           # 10 min

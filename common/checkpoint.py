@@ -89,6 +89,12 @@ def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
         fail(f"{flag} got {what}; leave those flags as in training")
 
 
+def begin_with(agent: torch.nn.Module, args, script: str) -> None:
+    """A training's --model-path, a checkpoint or a run's folder: its networks and normalisers, nothing else of it."""
+    if args.model_path and not args.resume:
+        load_agent(agent, load(args.model_path, script), "--model-path")
+
+
 def latest(path: str | Path, flag: str = "--resume") -> Path:
     """The checkpoint to resume from: `path` itself if a file, else the newest readable `model_{iteration}.pt` of a run.
 

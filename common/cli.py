@@ -33,9 +33,9 @@ ALIASES = {
 }
 ABOVE_0 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate", "clip_coef", "max_grad_norm")
 ABOVE_0 += ("init_std", "min_std", "history", "lstm_size", "ranks", "log_interval", "checkpoint_interval")
-ABOVE_0 += ("video_interval", "eval_episodes")
+ABOVE_0 += ("video_interval", "eval_episodes", "chunk_size", "embedding")
 FROM_0 = ("num_iterations", "total_timesteps", "desired_kl", "final_kl", "target_kl", "vf_coef", "ent_coef")
-FROM_0 += ("eval_interval",)
+FROM_0 += ("eval_interval", "seed", "critic_iterations")
 # Of the flags that mean the same in every script: what they take, in words and as a condition. NaN is never in range.
 RANGES = (
     (ABOVE_0, "a number above 0", lambda value: value > 0),
@@ -68,7 +68,7 @@ class RunArgs:
     eval_interval: int = 0  # iterations between evaluations of the deterministic policy (0: at the end only)
     resume: str = ""  # run folder or checkpoint to continue
     eval_only: bool = False  # evaluate --model-path and stop
-    model_path: str = ""  # checkpoint for --eval-only
+    model_path: str = ""  # checkpoint for --eval-only; in training the policy to begin with
     eval_episodes: int = 128  # fewest episodes of an evaluation
     save_video: bool = True  # write an mp4 at the final evaluation
 
@@ -110,6 +110,13 @@ def check_ranges(args) -> None:
             rows, what = rows * args.num_steps, "samples per iteration"
         fits = rows % args.num_minibatches == 0
         check_flag(args, fits, "num_minibatches", f"a divisor of the {rows} {what} per rank")
+
+
+def check_image_size(args) -> None:
+    """Three convolutions as in Mnih et al. 2015 (8 by 8 with stride 4, 4 with 2, 3 with 1) leave nothing below 36."""
+    for name in ("image_size", "image_height", "image_width"):
+        if hasattr(args, name):
+            check_flag(args, getattr(args, name) >= 36, name, "36 or more, for the three convolutions")
 
 
 def check_compiler(args) -> None:

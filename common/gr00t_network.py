@@ -81,8 +81,7 @@ class Network(nn.Module):
 
     def __init__(self, args, spaces, action_shape: tuple[int, int], sentences: tuple[str, ...], parts: set[str]):
         """args: model, embodiment, precision, lora_rank, llm_layers and gradient_checkpointing, of the script's flags.
-        spaces: of a robot's observation, {camera: pictures, "state", "instruction": index into `sentences`}, and
-        perhaps "privileged", which goes past the model to the critic.
+        spaces: of a robot's observation, {camera: pictures, "state", "instruction": index into `sentences`}.
         action_shape: (chunk, action_dim). parts: those of PARTS that are ever trained.
         """
         super().__init__()
@@ -216,7 +215,6 @@ class Network(nn.Module):
         attends to (`context`), the backbone's features (`features`) or, if that learns, the pictures themselves.
         """
         encoded = {"state": self.normalise_state(obs["state"]), "instruction": obs["instruction"]}
-        encoded |= {name: obs[name] for name in ("privileged",) if name in obs}
         if self.encodes == "pictures":
             return encoded | {name: obs[name] for name in self.cameras}
         features = self.backbone(obs)

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import copy
 import importlib
+import itertools
 import os
 import queue
 import threading
@@ -22,6 +23,8 @@ from common.distributed import num_cores
 from common.physics import resolve_backend
 from common.video import find_gl, missing_gl_message
 
+BATCH = 8  # pictures that a thread renders before it reads them, where it has to wait for other threads to do so
+BATCH_PIXELS = 2**18  # of them together, at most
 DATA_FIELDS = ("mocap_pos", "mocap_quat")  # entries of `fields` that belong to MjData; all others are MjModel's
 
 
@@ -141,8 +144,10 @@ class BatchedRenderer:
         for name in per_world:
             value = getattr(example if name in DATA_FIELDS else self.model, name)
             self.fields[name] = torch.from_numpy(np.repeat(value[None], self.num_envs, axis=0))
-        for _ in range(min(count, self.num_envs)):
-            self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows))
+        count = min(count, self.num_envs)
+        batch = 1 if count == 1 else max(1, min(BATCH, BATCH_PIXELS // (self.height * self.width)))
+        for _ in range(count):
+            self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows, batch))
 
     def _draw(self, qpos: torch.Tensor, rows: torch.Tensor, cameras: tuple[str, ...]) -> torch.Tensor:
         qpos, rows = np.asarray(qpos, np.float64), rows.numpy()
@@ -250,9 +255,12 @@ _gate = _Gate()
 
 
 class _Painter:
-    """An OpenGL context, and the one thread that makes all its calls, from the first to the one that frees it."""
+    """An OpenGL context, and the one thread that makes all its calls, from the first to the one that frees it.
 
-    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool):
+    `batch` pictures are rendered, each into a buffer of its own, before they are read.
+    """
+
+    def __init__(self, model, fields: dict[str, torch.Tensor], height: int, width: int, shadows: bool, batch: int):
         self.fields = {name: field.numpy() for name, field in fields.items()}
         self.model, self.data = copy.copy(model), mujoco.MjData(model)
         self.scene, self.option, self.camera = mujoco.MjvScene(model, 10_000), mujoco.MjvOption(), mujoco.MjvCamera()
@@ -260,7 +268,7 @@ class _Painter:
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.window = mujoco.MjrRect(0, 0, width, height)
-        self.upside_down = np.empty((height, width, 3), np.uint8)
+        self.upside_down = np.empty((batch, height, width, 3), np.uint8)
         self.jobs = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)  # so that it lives until `close` at the exit
         self.thread.start()
@@ -297,32 +305,44 @@ class _Painter:
         self.gl = type(gl.__name__, (gl,), {"__del__": lambda self: None})(self.window.width, self.window.height)
         self.gl.make_current()
         with _gate.alone():
-            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+            font = mujoco.mjtFontScale.mjFONTSCALE_50
+            self.contexts = [mujoco.MjrContext(self.model, font) for _ in self.upside_down]
 
     def start(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray) -> Future:
         """Draws worlds `rows` in states `qpos` (rows, nq) into `out`; the future of it."""
         return self._call(self._draw, qpos, rows, cameras, out)
 
     def _draw(self, qpos: np.ndarray, rows: np.ndarray, cameras: list[int], out: np.ndarray):
-        model, data = self.model, self.data
-        for row, state, pictures in zip(rows, qpos, out, strict=True):
-            for name, field in self.fields.items():
-                getattr(data if name in DATA_FIELDS else model, name)[:] = field[row]
-            data.qpos[:] = state
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_comPos(model, data)
-            mujoco.mj_camlight(model, data)
-            for camera, picture in zip(cameras, pictures, strict=True):
-                self.camera.fixedcamid = camera
-                mujoco.mjv_updateScene(
-                    model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene
-                )
-                with _gate.render():
-                    mujoco.mjr_render(self.window, self.scene, self.context)
-                with _gate.alone():
-                    mujoco.mjr_readPixels(self.upside_down, None, self.window, self.context)
-                picture[:] = self.upside_down[::-1]
+        views = list(itertools.product(range(len(rows)), range(len(cameras))))
+        for first in range(0, len(views), len(self.contexts)):
+            batch = views[first : first + len(self.contexts)]
+            with _gate.render():
+                for (i, j), context in zip(batch, self.contexts, strict=False):
+                    if j == 0:
+                        self._place(rows[i], qpos[i])
+                    self._render(cameras[j], context)
+            with _gate.alone():
+                for picture, context in zip(self.upside_down[: len(batch)], self.contexts, strict=False):
+                    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+                    mujoco.mjr_readPixels(picture, None, self.window, context)
+            for view, picture in zip(batch, self.upside_down, strict=False):
+                out[view] = picture[::-1]
+
+    def _place(self, row: int, state: np.ndarray):
+        """Brings the data up to date with a world."""
+        for name, field in self.fields.items():
+            getattr(self.data if name in DATA_FIELDS else self.model, name)[:] = field[row]
+        self.data.qpos[:] = state
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    def _render(self, camera: int, context: mujoco.MjrContext):
+        self.camera.fixedcamid = camera
+        every = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, every, self.scene)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+        mujoco.mjr_render(self.window, self.scene, context)
 
     def close(self):
         atexit.unregister(self.close)
@@ -333,5 +353,6 @@ class _Painter:
 
     def _free(self):
         with _gate.alone():
-            self.context.free()
+            for context in self.contexts:
+                context.free()
             self.gl.free()

@@ -279,18 +279,14 @@ OFF_POLICY_MISTAKES = (
     ("--num-atoms 1", "--num-atoms"),
     ("--observation rgb", "--observation", "no CNN"),
     ("--objects absent.stl", "--objects", "absent.stl"),
+    ("--held-out absent.stl", "--held-out", "absent.stl"),
     ("--env-id CartPole-v1", "CartPole-v1", "continuous"),
     ("--env-id Isaac-Cartpole-Direct", "--env-id", "Real2Sim-v0"),
 )
 # Tests of code in common/ that take long.
 ONCE = (
     "test_torchrun",
-    "test_a_signal_finishes_the_iteration_and_saves",
-    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
     "test_killed_again_and_again_a_run_loses_at_most_one_interval",
-    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
-    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
-    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
 )
 SAME_CODE = "what does this is the same code of common/, tested with the other scripts"
 
@@ -399,32 +395,25 @@ SCRIPTS = {
                 "pixels": ["--obs-type", "pixels_agent_pos", "--critic", "state", "--bc-coef", 0.5, "--norm-reward"]
             },
             evaluate="common.envs.aloha_eval.evaluate",
+            long_evaluation=("--eval-episodes", 4000, "--episode-steps", 300),
+            big=("--hidden", 256, 256),
             mistakes=(
                 ("--embedding 0", "--embedding"),
                 ("--min-std 2", "--min-std", "--init-std"),
                 ("--bc-minutes 0", "--bc-minutes"),
                 ("--bc-coef -1", "--bc-coef"),
                 ("--image-height 0", "--image-height"),
+                ("--image-width 35", "--image-width", "36 or more"),
+                ("--threads -1", "--threads"),
             ),
             syntax_errors=(("--obs-type sideways", "pixels_agent_pos"), ("--env-id Aloha", "AlohaTransferCube-v0")),
-            without=dict.fromkeys(
-                (
-                    "test_torchrun",
-                    "test_a_signal_finishes_the_iteration_and_saves",
-                    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
-                    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
-                    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
-                    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
-                    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
-                ),
-                SAME_CODE,
-            ),
+            without=dict.fromkeys(ONCE, SAME_CODE),
         ),
         Script(
             name="ppo_real2sim_mjx",
             tiny=dict(device="cpu", ranks=1, hidden=(16, 16), learning_rate=1e-3, norm_reward=False)
             | dict(num_envs=6, num_steps=8, num_iterations=2, num_minibatches=1, update_epochs=1, desired_kl=0.0)
-            | dict(log_interval=1, checkpoint_interval=1000, save_video=False),
+            | dict(target_kl=0.0, log_interval=1, checkpoint_interval=1000, save_video=False),
             environment={"Real2SimEnv": lambda num_envs, device, seed, **settings: ScriptedEnv(num_envs, seed)},
             normalised={"norm_reward": True},
             sources=("common/*.py", "common/envs/real2sim*.py"),
@@ -438,8 +427,11 @@ SCRIPTS = {
             results=frozenset({"success_rate", "success_once_rate", "goal_distance"}),
             exact={"full": ["--observation", "full", "--norm-reward"]},
             evaluate="common.envs.real2sim_eval.evaluate",
+            long_evaluation=("--eval-episodes", 40_000, "--max-episode-steps", 200),
+            big=("--hidden", 256, 256),
             mistakes=(
                 ("--goal-height 2 3", "--goal-height"),
+                ("--held-out absent.stl", "--held-out", "absent.stl"),
                 ("--observation rgb", "--observation", "no CNN"),
                 ("--min-std 2", "--min-std", "--init-std"),
             ),
@@ -468,6 +460,8 @@ SCRIPTS = {
                 "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
             },
             evaluate="common.envs.isaac_eval.evaluate",
+            long_evaluation=("--eval-episodes", 1_000_000),
+            big=("--hidden", 200, 200),
             mistakes=(
                 *OFF_POLICY_MISTAKES,
                 ("--alpha 0", "--alpha"),
@@ -498,6 +492,8 @@ SCRIPTS = {
                 "robot": ["--env-id", "Real2Sim-v0", "--max-episode-steps", 10, "--save-replay", "--norm-obs"],
             },
             evaluate="common.envs.isaac_eval.evaluate",
+            long_evaluation=("--eval-episodes", 1_000_000),
+            big=("--hidden", 200, 200),
             mistakes=(*OFF_POLICY_MISTAKES, ("--noise-min 2", "--noise-min", "--noise-max")),
             syntax_errors=(("--activation gelu", "silu"), ("--preset big", "laptop")),
             without=dict.fromkeys(ONCE, SAME_CODE),
@@ -520,6 +516,8 @@ SCRIPTS = {
             results=frozenset({"success_rate", "mean_length"}),
             exact={"mlp": []},
             evaluate="common.envs.pick_eval.evaluate",
+            long_evaluation=("--eval-episodes", 20_000, "--max-episode-steps", 128),
+            big=("--hidden", 256, 256),
             mistakes=(
                 ("--policy mlp --min-std 2", "--min-std", "--init-std"),
                 ("--policy mlp --observation images", "--observation", "state"),
@@ -536,18 +534,7 @@ SCRIPTS = {
                 ("--tune everything", "lora"),
                 ("--env-id gym_aloha/AlohaInsertion-v0", "AlohaInsertion-v0"),
             ),
-            without=dict.fromkeys(
-                (
-                    "test_torchrun",
-                    "test_a_signal_finishes_the_iteration_and_saves",
-                    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
-                    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
-                    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
-                    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
-                    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
-                ),
-                SAME_CODE,
-            ),
+            without=dict.fromkeys(ONCE, SAME_CODE),
         ),
         Script(
             name="ppo_multimodal_peginsert",
@@ -569,20 +556,15 @@ SCRIPTS = {
             results=frozenset({"success_rate", "success_once_rate", "engaged_rate", "keypoint_distance"}),
             exact={"state": ["--norm-reward"]},
             evaluate="common.envs.peg_insert_eval.evaluate",
-            mistakes=(("--embedding 0", "--embedding"), ("--min-std 2", "--min-std", "--init-std")),
-            syntax_errors=(("--observation sideways", "multimodal"),),
-            without=dict.fromkeys(
-                (
-                    "test_torchrun",
-                    "test_a_signal_finishes_the_iteration_and_saves",
-                    "test_ctrl_c_in_the_final_evaluation_ends_all_at_once",
-                    "test_killed_again_and_again_a_run_loses_at_most_one_interval",
-                    "test_on_a_full_disk_training_goes_on_and_saves_when_there_is_room",
-                    "test_a_disk_too_small_for_the_final_model_ends_the_run_with_one_sentence",
-                    "test_sigterm_in_the_final_evaluation_does_what_it_did_before_training",
-                ),
-                SAME_CODE,
+            long_evaluation=("--eval-episodes", 20_000, "--max-episode-steps", 150),
+            big=("--hidden", 256, 256),
+            mistakes=(
+                ("--embedding 0", "--embedding"),
+                ("--min-std 2", "--min-std", "--init-std"),
+                ("--observation multimodal --image-size 35", "--image-size", "36 or more"),
             ),
+            syntax_errors=(("--observation sideways", "multimodal"),),
+            without=dict.fromkeys(ONCE, SAME_CODE),
         ),
     )
 }

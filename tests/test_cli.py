@@ -389,4 +389,5 @@ def test_one_file_configures_three_algorithms(name):
     args = cli.parse_args(script.Args, script.PRESETS, "laptop", argv=["--config", str(path)])
     assert (args.env_id, args.observation, args.max_episode_steps) == ("Real2Sim-v0", "full", 200)
     own = (args.num_envs, args.gamma)
-    assert own == ((512, 0.9) if name.startswith("ppo") else (64, 0.97)), "the section of its own algorithm"
+    sections = {"ppo_real2sim_mjx": (512, 0.9), "sac_real2sim_mjx": (64, 0.9), "ddpg_real2sim_mjx": (64, 0.97)}
+    assert own == sections[name], "the section of its own algorithm"

@@ -442,15 +442,6 @@ def test_state_observation():
         assert sentence in (f"put {expected}", f"pick up {expected}")
 
 
-def test_the_critic_of_a_policy_that_sees_pictures_may_see_the_state(cameras):
-    seeing, feeling = make(observation="images", privileged=True, image_size=8, chunk=2), make(chunk=2)
-    one, two = (env.reset(seed=5)[0] for env in (seeing, feeling))
-    assert torch.equal(one["privileged"], two) and seeing.single_observation_space["privileged"].shape == two.shape[1:]
-    action = torch.rand(2, 2, 7)
-    assert torch.equal(seeing.step(action)[0]["privileged"], feeling.step(action)[0])
-    seeing.close()
-
-
 def test_pictures(cameras):
     """Same state, same picture, whichever worlds are drawn with it; they show cubes, pads and hand in their colours."""
     env = make(4, observation="images")

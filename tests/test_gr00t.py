@@ -28,12 +28,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make(action_dim=ACTIONS, spaces=SPACES, **settings):
+def make(action_dim=ACTIONS, **settings):
     """The agent of --policy, with weights of GR00T that are large enough that everything shows, and statistics."""
     torch.manual_seed(0)
     settings = {"critic_hidden": (16,), "bc_tune": "head"} | settings
     args = ppo_gr00t.Args(**settings)
-    envs = SimpleNamespace(single_observation_space=spaces, single_action_space=Box(-1, 1, (CHUNK, action_dim)))
+    envs = SimpleNamespace(single_observation_space=SPACES, single_action_space=Box(-1, 1, (CHUNK, action_dim)))
     agent, flow = ppo_gr00t.make_agent(envs, args)
     with torch.no_grad():
         for name, parameter in flow.network.model.action_head.named_parameters():
@@ -151,12 +151,16 @@ def brute_force(agent, obs, action, correlation):
             noise, data = noise[:CHUNK, :ACTIONS], data[:CHUNK, :ACTIONS]
             drift = sigma**2 * dt / (2 * (1 - t)) * covariance @ noise
             mean = noise * (1 - (t + dt)) - drift + data * (t + dt)
+            drawn = action["next"][i, j]
+            if correlation == 1:  # one noise for all of the chunk, so that its mean is all there is
+                total[i] += Normal(mean.mean(0), sigma * math.sqrt(dt)).log_prob(drawn.mean(0)).sum()
+                continue
             density = MultivariateNormal(mean.T, covariance * sigma**2 * dt)  # of each component over the chunk
-            total[i] += density.log_prob(action["next"][i, j].T).sum()
+            total[i] += density.log_prob(drawn.T).sum()
     return total
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.8])
+@pytest.mark.parametrize("correlation", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("steps", ["one", "last", "all"])
 def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, correlation):
     agent, _ = make(sde_steps=steps, noise_correlation=correlation)
@@ -165,10 +169,11 @@ def test_log_probabilities_are_those_of_the_gaussians_by_brute_force(steps, corr
         action, logprob, entropy, value, dist = agent.get_action_and_value(obs)
         torch.testing.assert_close(logprob, brute_force(agent, obs, action, correlation), atol=1e-3, rtol=1e-5)
     n = {"one": 1, "last": 1, "all": 4}[steps]
-    assert dist.shape == (BATCH, n, CHUNK, ACTIONS) and value.shape == (BATCH,)
+    rows = 1 if correlation == 1 else CHUNK
+    assert dist.shape == (BATCH, n, rows, ACTIONS) and value.shape == (BATCH,)
     std = agent.step_std[action["step"]]
-    alone = CHUNK * ACTIONS * Normal(0, std).entropy().sum(1)
-    assert torch.allclose(entropy, alone) if not correlation else (entropy < alone).all()
+    alone = rows * ACTIONS * Normal(0, std).entropy().sum(1)
+    assert torch.allclose(entropy, alone) if correlation in (0, 1) else (entropy < alone).all()
     assert agent.step_std.tolist() == pytest.approx([0.5, 0.433, 0.25, 0.144], abs=1e-3)
 
 
@@ -188,6 +193,18 @@ def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
             if k < 3:  # the next step begins where this one led, and beside what is executed it is Euler's
                 torch.testing.assert_close(agent.network.executed(action["x"][:, k + 1]), action["next"][:, k])
         torch.testing.assert_close(action["action"], action["next"][:, 3])
+
+
+def test_one_noise_moves_a_whole_chunk():
+    agent, _ = make(sde_steps="last", noise_correlation=1.0)
+    obs = agent.encode(observation())
+    with torch.no_grad():
+        action = agent.sample(obs)
+        context = agent.network.context(obs)
+        mean, _ = agent.transition(context, obs["state"], action["x"][:, 0], action["step"][:, 0], torch.ones(BATCH))
+    z = (action["next"][:, 0] - agent.network.executed(mean)) / agent.step_std[3]
+    assert z.std() > 0.5
+    torch.testing.assert_close(z, z[:, :1].expand_as(z), atol=1e-4, rtol=0)
 
 
 def test_the_noise_has_a_floor():
@@ -266,25 +283,6 @@ def test_a_residual_is_one_gaussian_for_the_whole_chunk_around_the_frozen_models
     added = agent.to_env(action, obs) - expected
     assert action.shape == (BATCH, ACTIONS) and added.std() > 0.1
     torch.testing.assert_close(added, action[:, None].expand(-1, CHUNK, -1), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("policy", ["gr00t", "gaussian-residual"])
-def test_what_is_privileged_reaches_the_critic_alone(policy):
-    agent, args = make(spaces=Dict(SPACES.spaces | {"privileged": Box(-9, 9, (5,))}), policy=policy)
-    raw = observation() | {"privileged": torch.randn(BATCH, 5)}
-    torch.manual_seed(1)
-    obs = agent.encode(raw)
-    torch.manual_seed(1)
-    other = agent.encode(raw | {"privileged": raw["privileged"] + 1})
-    with torch.no_grad():
-        action = agent.sample(obs if policy == "gr00t" else agent.get_dist(obs))
-        _, logprob, _, value, _ = agent.get_action_and_value(agent.normalise(obs), action)
-        _, logprob_there, _, value_there, _ = agent.get_action_and_value(agent.normalise(other), action)
-    assert torch.equal(logprob, logprob_there) and (value - value_there).abs().min() > 1e-4
-    torch.testing.assert_close(value, agent.get_value(agent.normalise(obs)))
-    agent.update_stats(obs)
-    seen = agent.normalise(obs)["privileged"]
-    assert seen.mean().abs() < 1e-3 and abs(seen.std(correction=0) - 1) < 0.2
 
 
 # --- padding and masks

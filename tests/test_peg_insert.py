@@ -236,6 +236,16 @@ def test_clearance_grows_as_difficulty_falls():
         assert 2 * (HOLE_RADIUS - radius) == pytest.approx(clearance, rel=1e-5)
 
 
+def test_a_clearance_of_its_own_leaves_the_randomisation_to_the_difficulty():
+    envs = [make(50, difficulty=difficulty, clearance=0.003) for difficulty in (0.0, 0.5, 1.0)]
+    for env in envs:
+        radius = env.physics.fields["geom_size"][:, env._peg, 0]
+        torch.testing.assert_close(2 * (HOLE_RADIUS - radius), torch.full_like(radius, 0.003))
+    spreads = [env.hole[:, :2].sub(torch.tensor([0.6, 0])).abs().max().item() for env in envs]
+    assert spreads[0] < 1e-6 and spreads[1] == pytest.approx(0.025, rel=0.05)
+    assert spreads[2] == pytest.approx(0.05, rel=0.05)
+
+
 # --- control
 
 

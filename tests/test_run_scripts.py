@@ -108,6 +108,24 @@ def test_eval_only(script, finished, tmp_path, capsys):
 # --- other ways to run it
 
 
+def test_training_may_begin_with_a_policy(script, finished, tmp_path):
+    """The finished run's networks, after an iteration whose step size changes nothing."""
+    if script.name == "ppo_gr00t":
+        pytest.skip("its --model-path is a folder of weights; see test_run_gr00t.py")
+    still = {"learning_rate": 1e-20, "critic_learning_rate": 1e-20, "alpha_learning_rate": 1e-20, "desired_kl": 0}
+    names = still.keys() & script.ppo.Args.__dataclass_fields__.keys()
+    flags = [word for name in names for word in (f"--{name.replace('_', '-')}", still[name])]
+    flags = [*tiny(script, 1), *script.finished, *flags, "--model-path", finished[0], "--log-dir", tmp_path]
+    assert run(script, *flags) == 0
+    old = checkpoint.load(finished[0], script.name)
+    begun = checkpoint.load(tmp_path / "checkpoints" / "final_model.pt", script.name)
+    assert begun["iteration"] == 1 and begun["args"]["seed"] != old["args"]["seed"]
+    weights = [name for name in old["agent"] if name.startswith("actor") and name.endswith("weight")]
+    assert len(weights) >= 2
+    for name in weights:
+        torch.testing.assert_close(begun["agent"][name], old["agent"][name], rtol=0, atol=1e-9)
+
+
 def test_yaml_aliases_and_tracking(script, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("n_envs: 16\nmax-iterations: 9\nhidden: [32, 16]\nexp_name: named\n")
@@ -349,6 +367,7 @@ MISTAKES = [
     ("--gamma 1.5", "--gamma", "1.5", "from 0 to below 1"),
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--hidden 64 0", "--hidden", "above 0"),
+    ("--seed -1", "--seed", "0 or a number above it"),
     ("--num-env 3", "--num-env;", "--num-envs"),
     ("--device cuda", "--device", "cuda"),
     ("--device gpu", "--device", "gpu", "cuda"),

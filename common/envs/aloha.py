@@ -162,6 +162,7 @@ def _check(cfg: AlohaConfig, num_envs: int):
     for name in ("image_height", "image_width", "frame_stack", "supersample", "episode_steps"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
     require(cfg.samples in (0, 4), "samples", "0 or 4", cfg.samples)
+    require(cfg.threads >= 0, "threads", "0 or more", cfg.threads)
     for name in ("joint_step", "gripper_step"):
         require(getattr(cfg, name) > 0, name, "a number above 0", getattr(cfg, name))
     require(cfg.mesh_detail >= 0, "mesh_detail", "0 or more metres", cfg.mesh_detail)

@@ -80,6 +80,8 @@ class PegInsertConfig:
     """proprioception has joint angles as -1 to 1 between their limits, not in rad"""
     difficulty: float = 1.0
     """0: 2 mm clearance, no randomisation; 1: Factory's 0.114 mm and randomisation"""
+    clearance: float = 0.0
+    """hole's diameter less the peg's (m) at every difficulty, which then scales the randomisation alone (0: both)"""
     curriculum: bool = False
     """every environment's difficulty starts at 0, rises with its successes and falls with its failures"""
     curriculum_step: float = 0.03
@@ -150,6 +152,8 @@ def _check(cfg: PegInsertConfig, num_envs: int):
     for name in ("substeps", "solver_iterations", "max_episode_steps", "image_size"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
     require(0 <= cfg.difficulty <= 1, "difficulty", "a number from 0 to 1", cfg.difficulty)
+    widest = 2 * CENTRED  # beyond it a peg in the hole might not count as seated
+    require(0 <= cfg.clearance <= widest, "clearance", f"metres, from 0 to {widest:g}", cfg.clearance)
     require(0 < cfg.curriculum_step <= 1, "curriculum_step", "a number above 0, at most 1", cfg.curriculum_step)
 
 
@@ -464,7 +468,10 @@ class PegInsertEnv(VectorEnv):
 
         hole_quat = torch.stack((torch.cos(hole_yaw / 2), zero, zero, torch.sin(hole_yaw / 2)), 1)
         small, large = math.log(CLEARANCE[1]), math.log(CLEARANCE[0])
-        radius = HOLE_RADIUS - 0.5 * torch.exp(large + (small - large) * self.level)
+        clearance = torch.exp(large + (small - large) * self.level)
+        if self.cfg.clearance:
+            clearance = torch.full_like(self.level, self.cfg.clearance)
+        radius = HOLE_RADIUS - 0.5 * clearance
         for target, value in (
             (self.physics.mocap_pos[:, self._hole], hole),
             (self.physics.mocap_quat[:, self._hole], hole_quat),

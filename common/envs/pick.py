@@ -73,8 +73,6 @@ class PickConfig:
     """the pictures of an images observation"""
     image_size: int = 56
     """height and width of the pictures (pixels)"""
-    privileged: bool = False
-    """an images observation holds, as `privileged`, also what a state observation is: for the critic of a training"""
     chunk: int = 8
     """control steps per environment step; 1: actions have no axis of the chunk"""
     difficulty: float = 1.0
@@ -231,8 +229,6 @@ class PickEnv(VectorEnv):
             spaces = {name: pictures for name in cfg.cameras}
             spaces["state"] = gym.spaces.Box(-math.inf, math.inf, (PROPRIO_DIM,))
             spaces["instruction"] = gym.spaces.Discrete(len(INSTRUCTIONS))
-            if cfg.privileged:
-                spaces["privileged"] = self.single_observation_space
             self.single_observation_space = gym.spaces.Dict(spaces)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (7,) if cfg.chunk == 1 else (cfg.chunk, 7))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -436,8 +432,8 @@ class PickEnv(VectorEnv):
         """(num_envs, STATE_DIM), or a dict, whose pictures are drawn where `mask`; elsewhere they are `old`'s."""
         if self.cfg.observation == "state":
             return self._flat()
-        obs = self._pictures(mask, old) | {"state": self.proprioception(), "instruction": self.instruction}
-        return obs | ({"privileged": self._flat()} if self.cfg.privileged else {})
+        obs = self._pictures(mask, old)
+        return obs | {"state": self.proprioception(), "instruction": self.instruction}
 
     def _flat(self) -> torch.Tensor:
         """(num_envs, STATE_DIM): see docs/pick.md."""

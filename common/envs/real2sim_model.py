@@ -55,6 +55,11 @@ def build(cfg, visual: bool = False) -> Variants:
         for variant in _resized(found, cfg.object_size, cfg.object_stretch):
             objects.append(variant)
             index.append(number)
+    for source in cfg.held_out:  # read when training begins, not after it
+        try:
+            prepare(source, cfg.object_scale)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--objects", "--held-out", 1)) from None
     models = _compile(cfg, objects, visual)
     rests, grasps = [], []
     for found, model in zip(objects, models, strict=True):
