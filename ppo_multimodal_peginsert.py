@@ -37,10 +37,13 @@ from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
 SCRIPT = "ppo_multimodal_peginsert"
 # N per taxel, of a pad's normal force and its two shears: a grip's print is large, what the hole does to it small.
 TACTILE_SCALE = (0.1, 0.01, 0.01)
+# Returns are larger than what values may move by in an iteration where their loss is clipped: the critic would lag.
+PICTURES = dict(num_steps=32, update_epochs=3, desired_kl=0.05, gamma=0.97, clip_vloss=False, init_std=0.4)
+PICTURES |= dict(difficulty=0.5, clearance=0.004, curriculum=False, max_episode_steps=75)
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
     "laptop": dict(num_envs=128, num_iterations=300, hidden=(256, 128)),
-    "multimodal": dict(observation="multimodal", num_envs=128, num_iterations=150, hidden=(256, 128)),
+    "multimodal": PICTURES | dict(observation="multimodal", num_envs=128, num_iterations=300, hidden=(256, 128)),
     "gpu": dict(num_envs=512, num_iterations=400),
 }
 
