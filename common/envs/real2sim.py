@@ -382,7 +382,7 @@ class Real2SimEnv(VectorEnv):
         terms = torch.stack((reach, held, lift * held, place * held))
         there = self.goal_distance < SUCCESS_DISTANCE
         terms = torch.where(there, torch.stack((torch.ones_like(place),) * 3 + (place,)), terms)
-        opening = self.q[:, 7:].sum(1) / (2 * FINGER_MAX)
+        opening = self.target[:, 7:].sum(1) / (2 * FINGER_MAX)  # as told: what is gripped opens only later
         leaving = 0.25 * there * (opening.clamp(0, 1) + (self.to_object.norm(dim=1) / AWAY).clamp(0, 1))
         return torch.cat((terms, torch.where(self.at_goal, 1.0, leaving)[None]))
 
