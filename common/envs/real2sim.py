@@ -383,7 +383,8 @@ class Real2SimEnv(VectorEnv):
         there = self.goal_distance < SUCCESS_DISTANCE
         terms = torch.where(there, torch.stack((torch.ones_like(place),) * 3 + (place,)), terms)
         opening = self.target[:, 7:].sum(1) / (2 * FINGER_MAX)  # as told: what is gripped opens only later
-        leaving = 0.25 * there * (opening.clamp(0, 1) + (self.to_object.norm(dim=1) / AWAY).clamp(0, 1))
+        away = self.to_object.norm(dim=1) / AWAY
+        leaving = there * (0.4 + 0.2 * opening.clamp(0, 1) + 0.2 * away.clamp(0, 1))
         return torch.cat((terms, torch.where(self.at_goal, 1.0, leaving)[None]))
 
     def reward(self, terms: torch.Tensor) -> torch.Tensor:
