@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tools
+import torch
 from matplotlib.figure import Figure
 
 import ppo_multimodal_peginsert as ppo
@@ -33,6 +34,11 @@ VARIANTS = {
 CURVES = ("env/success", "env/difficulty", "charts/episodic_return", "charts/SPS")
 
 
+def push_down(obs: torch.Tensor) -> torch.Tensor:
+    """A policy that looks at nothing: what pushing straight down from where the hand begins is worth."""
+    return torch.tensor([0.0, 0, -0.6, 0, 0, 0]).expand(len(obs), 6)
+
+
 def measure(run_dir, episodes: int, difficulties: list[float]) -> dict:
     """The last policy of a run at `difficulties`, and the curves of its training."""
     state = checkpoint.load(run_dir, ppo.SCRIPT)
@@ -41,15 +47,18 @@ def measure(run_dir, episodes: int, difficulties: list[float]) -> dict:
     agent = ppo.Agent(envs, args)
     envs.close()
     agent.load_state_dict(state["agent"])
-    levels = []
+    levels, straight = [], []
     for level in difficulties:
         result = evaluate(agent, replace(plain(args), difficulty=level), "cpu", episodes, tools.EVAL_SEED)
         levels.append(result)
+        unseeing = replace(plain(args), difficulty=level, observation="state")
+        straight.append(evaluate(push_down, unseeing, "cpu", episodes, tools.EVAL_SEED))
         low, high = result["success_ci95"]
         print(f"  difficulty {level}: success {result['success_rate']:.1%} ({low:.1%} to {high:.1%})", flush=True)
     scalars = tools.read_scalars(run_dir)
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
-    return {"levels": levels, "summary": kept, "curves": {name: scalars[name] for name in CURVES if name in scalars}}
+    curves = {name: scalars[name] for name in CURVES if name in scalars}
+    return {"levels": levels, "straight_down": straight, "summary": kept, "curves": curves}
 
 
 def plot(runs: dict, path: Path):
@@ -69,7 +78,7 @@ def plot(runs: dict, path: Path):
             ends.plot(x, result["success_rate"], "o", color=f"C{place}")
     curves.set(xlabel="thousand steps", ylabel="success while training", ylim=(-0.02, 1.02))
     curves.legend()
-    ends.set(ylabel="success, deterministic policy", ylim=(-0.02, 1.02))
+    ends.set(ylabel="success, deterministic policy", xlim=(-0.5, len(variants) - 0.5), ylim=(-0.02, 1.02))
     ends.set_xticks(range(len(variants)), variants)
     figure.savefig(path, dpi=110)
 
