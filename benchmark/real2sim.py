@@ -4,6 +4,7 @@
     python benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
     python benchmark/real2sim.py --algorithms sac_compact --seeds 1            # without the joints' state
     python benchmark/real2sim.py --algorithms sac_scans --seeds 1 --resume runs/.../sac_1 --total-timesteps 800_000
+    python benchmark/real2sim.py --algorithms ppo_scans ppo_place --seeds 1 --model-path runs/.../ppo_1
     python benchmark/real2sim.py --algorithms sac --seeds 1 --run runs/...     # a run that was trained already
     python benchmark/real2sim.py --algorithms cleanrl --cleanrl FOLDER/cleanrl/sac_continuous_action.py --minutes 15
 
@@ -11,7 +12,8 @@ Every run has its script's own preset and is evaluated on the way (`--eval-inter
 counted. Unknown flags go to the scripts. Results of algorithms and seeds that were not asked for stay in the file.
 Success: the object is at the goal when the episode's time is up. With --per-object the last policy also meets each of
 the examples alone, those it was not trained on as well, and the box as a cloud of 20,000 noisy points. `sac_scans`
-trains with three of the examples at once; with --resume it goes on from a run with the box.
+and `ppo_scans` train with three of the examples at once; with --resume or --model-path they go on from a run with the
+box. `ppo_place` sets the box down elsewhere.
 
 The peer is CleanRL's own script at its own settings with 8 environments, which are one batch of our worlds;
 real2sim_peer.py lists the patches. It trains for `--minutes`, and its policies are evaluated afterwards, for nothing.
@@ -39,13 +41,16 @@ from common.envs.real2sim_eval import evaluate, plain
 from common.meshes import EXAMPLES, write_examples
 from common.provenance import ROOT
 
-# What the plot compares; sac_scans and sac_compact are of other tasks.
+# What the plot compares; scans, place and compact are other tasks.
 COLOURS = {"sac": "tab:blue", "sac_gamma_0.97": "lightsteelblue", "ppo": "tab:orange", "ddpg": "tab:green"}
 COLOURS |= {"cleanrl": "tab:red"}
 LABELS = {"sac": "SAC", "sac_gamma_0.97": "SAC, gamma 0.97", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
 # {name: (script, flags beside its preset's)}
 ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
-ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", ["--objects", "box", "mug", "bunny"])
+SCANS = ["--objects", "box", "mug", "bunny"]
+ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", SCANS)
+ALGORITHMS["ppo_scans"] = ("ppo_real2sim_mjx", [*SCANS, "--held-out", "bottle"])
+ALGORITHMS["ppo_place"] = ("ppo_real2sim_mjx", ["--task", "place"])
 ALGORITHMS["sac_gamma_0.97"] = ("sac_real2sim_mjx", ["--gamma", 0.97])
 ALGORITHMS["sac_compact"] = ("sac_real2sim_mjx", ["--observation", "compact"])
 PEER = "cleanrl"
