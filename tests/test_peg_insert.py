@@ -139,7 +139,11 @@ def test_seeds():
     assert same(rollout(a, actions(4, 4)), rollout(c, actions(4, 4)))
 
 
-@pytest.mark.parametrize("config", ({"curriculum": True}, BLIND), ids=("curriculum", "multimodal"))
+@pytest.mark.parametrize(
+    "config",
+    ({"curriculum": True}, BLIND, {"history": 3}, BLIND | {"history": 3}),
+    ids=("curriculum", "multimodal", "history", "multimodal history"),
+)
 def test_state_dict_goes_on_bit_for_bit(config):
     env, other = make(4, max_episode_steps=6, **config), make(4, seed=8, max_episode_steps=6, **config)
     env.reset(options={"random_phase": True})
@@ -176,6 +180,8 @@ def test_an_action_that_is_not_finite_costs_its_own_episode():
     (
         ({"difficulty": 1.5}, "--difficulty takes a number from 0 to 1, got 1.5"),
         ({"difficulty": math.nan}, "--difficulty"),
+        ({"history": 0}, "--history takes 1 to 10, got 0"),
+        ({"history": 11}, "--history"),
         ({"substeps": 0}, "--substeps takes 1 or more, got 0"),
         ({"observation": "pixels"}, "--observation takes one of state, multimodal, got 'pixels'"),
         ({"modalities": ("sound",)}, "--modalities takes one or more of rgb, tactile, proprio"),
@@ -424,6 +430,38 @@ def test_proprioception():
     assert torch.equal(proprio[:, 14:17], env.fingertip)
     assert torch.equal(proprio[:, 17:], quaternion_down(env.frames.rotation))
     np.testing.assert_allclose(plain._observe()["proprio"][:, :7], q, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", ({}, BLIND), ids=("state", "proprio"))
+def test_history_is_the_newest_and_those_before_it_at_doubling_ages(config):
+    """Beside an environment without: 4, 2, 1 and 0 steps ago, or the episode's first; so too in final_obs."""
+    limit, ages = 7, (4, 2, 1, 0)
+    env, plain = (make(3, seed=5, max_episode_steps=limit, history=h, **config) for h in (4, 1))
+    env.reset(seed=5, options={"random_phase": True})
+    obs, _ = plain.reset(seed=5, options={"random_phase": True})
+    width = (21 if config else 19) * len(ages)
+    space = env.single_observation_space
+    assert (space["proprio"] if config else space).shape == (width,)
+
+    def vector(obs):
+        return obs["proprio"] if config else obs
+
+    past = [[row] for row in vector(obs)]  # of each environment's episode
+    ended = 0
+    for action in actions(2 * limit + 1, 3):
+        stacked, *_, info = env.step(action)
+        obs, *_, other = plain.step(action)
+        for i in range(3):
+            done = bool(other["_episode"][i])
+            past[i].append(vector(other["final_obs"])[i])
+            expected = torch.cat([past[i][max(0, len(past[i]) - 1 - age)] for age in ages])
+            assert torch.equal(vector(info["final_obs"])[i], expected)
+            if done:
+                past[i] = [vector(obs)[i]]
+                ended += 1
+            expected = torch.cat([past[i][max(0, len(past[i]) - 1 - age)] for age in ages])
+            assert torch.equal(vector(stacked)[i], expected)
+    assert ended >= 6
 
 
 def test_pictures(cameras):

@@ -135,6 +135,32 @@ def test_the_state_is_factorys_own_and_the_critic_sees_no_more(isaac_lab):
     assert isaac_lab.launched == [False] and not isaac_lab.made
 
 
+@pytest.mark.parametrize(
+    "config", ({"observation": "state"}, {"observation": "multimodal", "modalities": ("proprio",)})
+)
+def test_history_ends_with_the_episode(isaac_lab, config):
+    """The double's clock, or its first joint's speed, now and 1 and 2 steps ago; its episodes last 5 steps."""
+    env = make(history=3, **config)
+    vector = (lambda obs: obs["proprio"]) if "modalities" in config else (lambda obs: obs)
+    width, column = (21, 7) if "modalities" in config else (19, 0)
+
+    def seen(obs):
+        assert vector(obs).shape == (3, 3 * width)
+        return vector(obs)[0, column::width].tolist()
+
+    obs, _ = env.reset(seed=1)
+    first = seen(obs)
+    assert len(set(first)) == 1
+    last = []  # where no episode ended, an observation like any other
+    for step in range(1, 6):
+        env.flat.sim.joint_vel[:, 0] = step
+        obs, *_, info = env.step(torch.zeros(3, 6))
+        last.append(seen(info["final_obs"]))
+        assert (seen(obs) == last[-1]) == (step < 5)
+    assert last[1:] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert len(set(seen(obs))) == 1  # a new episode, whose past is its beginning
+
+
 def test_spaces_and_observations_are_those_of_the_twin(isaac_lab):
     cfg = PegInsertConfig(observation="multimodal", image_size=8)
     twin = PegInsertEnv(1, cfg=PegInsertConfig(observation="multimodal", modalities=("tactile", "proprio")))
