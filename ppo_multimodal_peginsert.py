@@ -64,6 +64,7 @@ class Args(cli.RunArgs, PegInsertConfig):
     total_timesteps: int = 0  # environment steps to train for (0: those of --num-iterations)
     learning_rate: float = 1e-3  # Adam's step size
     desired_kl: float = 0.01  # adapt the learning rate to this KL divergence per update (0: do not)
+    final_kl: float = 0.01  # desired_kl falls linearly to this by the end
     anneal_lr: bool = True  # let the learning rate fall linearly to zero, where no KL divergence is desired
     gamma: float = 0.995  # discount
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
@@ -450,6 +451,7 @@ def main(args: Args):
     while run.iteration < num_iterations and not stopped:
         # --- anneal
         progress = run.iteration / num_iterations
+        desired_kl.fill_(args.desired_kl + progress * (args.final_kl - args.desired_kl))
         if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
             learning_rate.fill_(args.learning_rate * (1 - progress))
 

@@ -141,8 +141,8 @@ def test_seeds():
 
 @pytest.mark.parametrize(
     "config",
-    ({"curriculum": True}, BLIND, {"history": 3}, BLIND | {"history": 3}),
-    ids=("curriculum", "multimodal", "history", "multimodal history"),
+    ({"curriculum": True, "trail": 2}, BLIND, BLIND | {"trail": 1}),
+    ids=("curriculum", "multimodal", "multimodal trail"),
 )
 def test_state_dict_goes_on_bit_for_bit(config):
     env, other = make(4, max_episode_steps=6, **config), make(4, seed=8, max_episode_steps=6, **config)
@@ -180,8 +180,8 @@ def test_an_action_that_is_not_finite_costs_its_own_episode():
     (
         ({"difficulty": 1.5}, "--difficulty takes a number from 0 to 1, got 1.5"),
         ({"difficulty": math.nan}, "--difficulty"),
-        ({"history": 0}, "--history takes 1 to 10, got 0"),
-        ({"history": 11}, "--history"),
+        ({"trail": -1}, "--trail takes 0 to 6, got -1"),
+        ({"trail": 7}, "--trail"),
         ({"substeps": 0}, "--substeps takes 1 or more, got 0"),
         ({"observation": "pixels"}, "--observation takes one of state, multimodal, got 'pixels'"),
         ({"modalities": ("sound",)}, "--modalities takes one or more of rgb, tactile, proprio"),
@@ -433,35 +433,39 @@ def test_proprioception():
 
 
 @pytest.mark.parametrize("config", ({}, BLIND), ids=("state", "proprio"))
-def test_history_is_the_newest_and_those_before_it_at_doubling_ages(config):
-    """Beside an environment without: 4, 2, 1 and 0 steps ago, or the episode's first; so too in final_obs."""
-    limit, ages = 7, (4, 2, 1, 0)
-    env, plain = (make(3, seed=5, max_episode_steps=limit, history=h, **config) for h in (4, 1))
-    env.reset(seed=5, options={"random_phase": True})
-    obs, _ = plain.reset(seed=5, options={"random_phase": True})
-    width = (21 if config else 19) * len(ages)
-    space = env.single_observation_space
-    assert (space["proprio"] if config else space).shape == (width,)
+def test_trail(config):
+    """What an environment without it observes, then how far the fingertip came in 4, 8 and 16 steps, or since the
+    episode began; so too in final_obs. Episodes end at different times.
+    """
+    limit, name = 19, "proprio" if config else "state"
+    columns = slice(14, 17) if config else slice(0, 3)
 
     def vector(obs):
-        return obs["proprio"] if config else obs
+        return obs[name] if config else obs
 
+    env, plain = (make(3, seed=5, max_episode_steps=limit, trail=trail, **config) for trail in (3, 0))
+    space = env.single_observation_space
+    assert (space[name] if config else space).shape == ((21 if config else 19) + 9,)
+    env.reset(seed=5, options={"random_phase": True})
+    obs, _ = plain.reset(seed=5, options={"random_phase": True})
     past = [[row] for row in vector(obs)]  # of each environment's episode
+
+    def expected(rows):
+        changes = [rows[-1][columns] - rows[max(0, len(rows) - 1 - age)][columns] for age in (4, 8, 16)]
+        return torch.cat((rows[-1], *changes))
+
     ended = 0
-    for action in actions(2 * limit + 1, 3):
-        stacked, *_, info = env.step(action)
+    for action in actions(2 * limit, 3):
+        longer, *_, info = env.step(action)
         obs, *_, other = plain.step(action)
         for i in range(3):
-            done = bool(other["_episode"][i])
             past[i].append(vector(other["final_obs"])[i])
-            expected = torch.cat([past[i][max(0, len(past[i]) - 1 - age)] for age in ages])
-            assert torch.equal(vector(info["final_obs"])[i], expected)
-            if done:
+            assert torch.equal(vector(info["final_obs"])[i], expected(past[i]))
+            if other["_episode"][i]:
                 past[i] = [vector(obs)[i]]
                 ended += 1
-            expected = torch.cat([past[i][max(0, len(past[i]) - 1 - age)] for age in ages])
-            assert torch.equal(vector(stacked)[i], expected)
-    assert ended >= 6
+            assert torch.equal(vector(longer)[i], expected(past[i]))
+    assert ended == 6
 
 
 def test_pictures(cameras):

@@ -135,30 +135,26 @@ def test_the_state_is_factorys_own_and_the_critic_sees_no_more(isaac_lab):
     assert isaac_lab.launched == [False] and not isaac_lab.made
 
 
-@pytest.mark.parametrize(
-    "config", ({"observation": "state"}, {"observation": "multimodal", "modalities": ("proprio",)})
-)
-def test_history_ends_with_the_episode(isaac_lab, config):
-    """The double's clock, or its first joint's speed, now and 1 and 2 steps ago; its episodes last 5 steps."""
-    env = make(history=3, **config)
-    vector = (lambda obs: obs["proprio"]) if "modalities" in config else (lambda obs: obs)
-    width, column = (21, 7) if "modalities" in config else (19, 0)
+@pytest.mark.parametrize("config", ({}, {"observation": "multimodal", "modalities": ("proprio",)}))
+def test_the_trail_ends_with_the_episode(isaac_lab, config):
+    """In episodes of 5 steps, a fingertip that moves by 1 m per step along x: as far as in 4 steps, and in 8 or fewer.
 
-    def seen(obs):
-        assert vector(obs).shape == (3, 3 * width)
-        return vector(obs)[0, column::width].tolist()
+    Factory's own state is the double's clock.
+    """
+    env = make(trail=2, **config)
+    width = 21 if config else 19
 
-    obs, _ = env.reset(seed=1)
-    first = seen(obs)
-    assert len(set(first)) == 1
-    last = []  # where no episode ended, an observation like any other
+    def came(obs):
+        obs = obs["proprio"] if config else obs
+        assert obs.shape == (3, width + 6)
+        return obs[0, [width, width + 3]].tolist()
+
+    env.reset(seed=1)
     for step in range(1, 6):
-        env.flat.sim.joint_vel[:, 0] = step
+        env.flat.sim.fingertip_midpoint_pos[:, 0] += 1
         obs, *_, info = env.step(torch.zeros(3, 6))
-        last.append(seen(info["final_obs"]))
-        assert (seen(obs) == last[-1]) == (step < 5)
-    assert last[1:] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert len(set(seen(obs))) == 1  # a new episode, whose past is its beginning
+        assert came(obs) == (pytest.approx([step, step]) if step < 5 else [0, 0])
+    assert came(info["final_obs"]) == pytest.approx([4, 5])
 
 
 def test_spaces_and_observations_are_those_of_the_twin(isaac_lab):

@@ -17,10 +17,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from common import tactile
-from common.history import History
 from common.panda import LOWER, UPPER, Frames, MassMatrix, inverse_kinematics, quaternion_down
 from common.physics import BatchedMujoco, resolve_backend
 from common.render import BatchedRenderer
+from common.trail import Trail
 
 ASSET = Path(__file__).parent.parent / "assets" / "peg_insert.xml"
 PHYSICS_DT = 1 / 120  # s, Factory's
@@ -57,6 +57,7 @@ TAXELS = 32  # per side of a pad
 TACTILE_SPREAD = 0.0015  # m, standard deviation of the print of a point force
 MODALITIES = ("rgb", "tactile", "proprio")
 STATE_SIZE, PROPRIO_SIZE = 19, 21
+STATE_POSITION, PROPRIO_POSITION = slice(0, 3), slice(14, 17)  # the fingertip's, in them
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 
 
@@ -78,8 +79,8 @@ class PegInsertConfig:
     """the camera of rgb"""
     image_size: int = 64
     """height and width of rgb (pixels)"""
-    history: int = 1
-    """how many observations of the state, or of proprio, in one: the newest, then those 1, 2, 4, ... steps before it"""
+    trail: int = 0
+    """how often the state, or proprio, also says how far the fingertip has come since then: 4, 8, 16, ... steps ago"""
     normalize_joint_angles: bool = True
     """proprioception has joint angles as -1 to 1 between their limits, not in rad"""
     difficulty: float = 1.0
@@ -155,7 +156,7 @@ def _check(cfg: PegInsertConfig, num_envs: int):
     require(known, "modalities", f"one or more of {', '.join(MODALITIES)}", cfg.modalities)
     for name in ("substeps", "solver_iterations", "max_episode_steps", "image_size"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
-    require(1 <= cfg.history <= 10, "history", "1 to 10", cfg.history)  # 10: 17 s
+    require(0 <= cfg.trail <= 6, "trail", "0 to 6", cfg.trail)  # 6: 128 steps
     require(0 <= cfg.difficulty <= 1, "difficulty", "a number from 0 to 1", cfg.difficulty)
     widest = 2 * CENTRED  # beyond it a peg in the hole might not count as seated
     require(0 <= cfg.clearance <= widest, "clearance", f"metres, from 0 to {widest:g}", cfg.clearance)
@@ -232,9 +233,9 @@ class PegInsertEnv(VectorEnv):
         spaces = {
             "rgb": gym.spaces.Box(0, 255, (cfg.image_size, cfg.image_size, 3), np.uint8),
             "tactile": gym.spaces.Box(-math.inf, math.inf, (6, TAXELS, TAXELS)),
-            "proprio": gym.spaces.Box(-math.inf, math.inf, (PROPRIO_SIZE * cfg.history,)),
+            "proprio": gym.spaces.Box(-math.inf, math.inf, (PROPRIO_SIZE + 3 * cfg.trail,)),
         }
-        self.single_observation_space = gym.spaces.Box(-math.inf, math.inf, (STATE_SIZE * cfg.history,))
+        self.single_observation_space = gym.spaces.Box(-math.inf, math.inf, (STATE_SIZE + 3 * cfg.trail,))
         if cfg.observation == "multimodal":
             self.single_observation_space = gym.spaces.Dict({name: spaces[name] for name in cfg.modalities})
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,))
@@ -252,7 +253,8 @@ class PegInsertEnv(VectorEnv):
         self.totals = zeros(1 + len(TERMS), N)  # sums over the episode: return and its terms
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
         self.contact_force, self.contact_position = zeros(N, 2, 2, 3), zeros(N, 2, 2, 2)
-        self.history = History(N, STATE_SIZE if cfg.observation == "state" else PROPRIO_SIZE, cfg.history, self.device)
+        position = STATE_POSITION if cfg.observation == "state" else PROPRIO_POSITION
+        self.trail = Trail(N, position, cfg.trail, self.device)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
 
     BUFFERS = ("action", "hole", "hole_noise", "level", "episode_length", "phase", "succeeded", "totals", "nan_resets")
@@ -332,14 +334,14 @@ class PegInsertEnv(VectorEnv):
     def state_dict(self) -> dict:
         """Everything exact resume needs: physics, buffers and the random generator."""
         state = {name: getattr(self, name).clone() for name in self.BUFFERS}
-        state["history"] = self.history.frames.clone()
+        state["trail"] = self.trail.frames.clone()
         return state | {"physics": self.physics.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict):
         """Restores `state_dict()` of an environment with the same settings."""
         for name in self.BUFFERS:
             setattr(self, name, state[name].clone().to(self.device))
-        self.history.frames = state["history"].clone().to(self.device)
+        self.trail.frames = state["trail"].clone().to(self.device)
         self.physics.load_state_dict(state["physics"])
         self.generator.set_state(state["generator"].cpu())
         self._read_state()
@@ -375,13 +377,13 @@ class PegInsertEnv(VectorEnv):
         return torch.cat((q, self.qd, self.fingertip, quaternion_down(self.frames.rotation)), 1)
 
     def _observe(self, begun: torch.Tensor | None = None, old: dict | None = None):
-        """(num_envs, 19 * history), or a dict. Where `begun` an episode begins (None: a step has passed, everywhere);
+        """(num_envs, 19 + 3 * trail), or a dict. Where `begun` an episode begins (None: a step has passed, everywhere);
         pictures are then drawn there alone, and elsewhere those of `old` are kept, where it is given.
         """
         if self.cfg.observation == "state":
             quaternion = quaternion_down(self.frames.rotation)
             state = torch.cat((self.fingertip - self.observed_rim, quaternion, self.velocity, self.action), 1)
-            return self.history.stack(state, begun)
+            return self.trail.stack(state, begun)
         obs = {}
         for name in self.cfg.modalities:
             if name == "rgb":
@@ -389,7 +391,7 @@ class PegInsertEnv(VectorEnv):
             elif name == "tactile":
                 obs[name] = tactile.image(self.contact_force, self.contact_position, self._taxels, TACTILE_SPREAD)
             else:
-                obs[name] = self.history.stack(self.proprioception(), begun)
+                obs[name] = self.trail.stack(self.proprioception(), begun)
         return obs
 
     def _pictures(self, mask: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor:

@@ -20,15 +20,17 @@ from common.envs.peg_insert import (
     FINGERTIP,
     GRIP_DEPTH,
     HOLE_DEPTH,
+    PROPRIO_POSITION,
     PROPRIO_SIZE,
     SEATED,
+    STATE_POSITION,
     STATE_SIZE,
     TAXELS,
     PegInsertConfig,
     build_model,
 )
-from common.history import History
 from common.panda import LOWER, UPPER
+from common.trail import Trail
 
 FINGERS = ("panda_leftfinger", "panda_rightfinger")
 FINGER_HEIGHT = 0.0584  # m from the hand's frame to a finger's (franka_description)
@@ -75,14 +77,14 @@ class FactoryPegEnv(VectorEnv):
         spaces = {
             "rgb": box(0, 255, (cfg.image_size, cfg.image_size, 3), np.uint8),
             "tactile": box(-math.inf, math.inf, (6, TAXELS, TAXELS)),
-            "proprio": box(-math.inf, math.inf, (PROPRIO_SIZE * cfg.history,)),
+            "proprio": box(-math.inf, math.inf, (PROPRIO_SIZE + 3 * cfg.trail,)),
         }
-        self.single_observation_space = box(-math.inf, math.inf, (STATE_SIZE * cfg.history,))
+        self.single_observation_space = box(-math.inf, math.inf, (STATE_SIZE + 3 * cfg.trail,))
         if cfg.observation == "multimodal":
             self.single_observation_space = gym.spaces.Dict({name: spaces[name] for name in cfg.modalities})
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        width = STATE_SIZE if cfg.observation == "state" else PROPRIO_SIZE
-        self.history = History(self.num_envs, width, cfg.history, self.device)
+        position = STATE_POSITION if cfg.observation == "state" else PROPRIO_POSITION
+        self.trail = Trail(self.num_envs, position, cfg.trail, self.device)
 
     @property
     def nan_resets(self) -> torch.Tensor:
@@ -103,16 +105,16 @@ class FactoryPegEnv(VectorEnv):
         return self._split(obs, info["_episode"]), reward, terminated, truncated, info
 
     def _split(self, flat: torch.Tensor, begun: torch.Tensor | None = None):
-        """The modalities of `Senses._get_observations`, (num_envs, all of them), with the `--history` of vectors.
-        `begun`: as in `History.stack`.
+        """The modalities of `Senses._get_observations`, (num_envs, all of them), with the trail of positions.
+        `begun`: as in `Trail.stack`.
         """
         if self.cfg.observation == "state":
-            return self.history.stack(flat, begun)
+            return self.trail.stack(flat, begun)
         parts = flat.split([_width(name, self.cfg) for name in self.cfg.modalities], 1)
         obs = {}
         for name, part in zip(self.cfg.modalities, parts, strict=True):
             if name == "proprio":
-                part = self.history.stack(part, begun)
+                part = self.trail.stack(part, begun)
             part = part.view(-1, *self.single_observation_space[name].shape)
             obs[name] = part.byte() if name == "rgb" else part
         return obs
