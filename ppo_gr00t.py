@@ -29,6 +29,7 @@ from common.cuda_graph import CudaGraph
 from common.demos import DemosConfig
 from common.envs.pick import ENV_SETTINGS, PickConfig
 from common.envs.vla import SENTENCES, evaluate, expert, make, record_video, report
+from common.evaluation import random_state_kept
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
 from common.gr00t_network import TUNE, Gr00tConfig, Network, parts_at, stages
@@ -810,7 +811,7 @@ def main(args: Args):
             logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
             run.keep_best(result["score"], name)
         if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
-            with tolerant("the video", run.dir):
+            with tolerant("the video", run.dir), random_state_kept(device):
                 path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
                 logger.video("videos/policy", path, run.global_step)
 
@@ -842,7 +843,8 @@ def run_evaluation(agent, args: Args, envs) -> dict:
     flow = getattr(agent, "flow", agent)
     if flow:
         flow.generator = torch.Generator().manual_seed(0)
-    result = evaluate(agent, args, envs.device, args.eval_episodes)
+    with random_state_kept(envs.device):
+        result = evaluate(agent, args, envs.device, args.eval_episodes)
     if flow:
         flow.generator = None
     return result | {"score": result["success_rate"] + 1e-4 * result["mean_return"]}
