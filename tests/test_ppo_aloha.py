@@ -1,5 +1,6 @@
 """What ppo_aloha_cnn.py has of its own: the warm start, the cloning term, the privileged critic, evaluation."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,15 @@ def test_an_evaluation_of_both_backends(backend):
     result = aloha_eval.evaluate(lambda obs: torch.zeros(len(obs), 14), cfg, "cpu", 2, backend)
     assert (result["episodes"], result["success_rate"], result["mean_length"]) == (2, 0.0, 3)
     assert sum(result["highest_level"]) == 2 and result["backend"] == backend
+
+
+def test_a_policy_is_measured_in_the_task_that_it_was_trained_for(script, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmark")
+    benchmark = importlib.import_module("aloha")
+    args = script.ppo.Args(env_id="AlohaTransferCube-v0", episode_steps=150, image_width=96)
+    args.task = "transfer_cube"  # as the script does
+    cfg = benchmark.environment(args, shadows=True, episode_steps=300)
+    assert cfg == AlohaConfig(task="transfer_cube", shadows=True, episode_steps=300, image_width=96)
 
 
 def test_what_is_seen_keeps_its_shape():
