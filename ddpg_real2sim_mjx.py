@@ -635,7 +635,7 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
         alone = args.device != "cpu" or args.eval_only or is_gymnasium(args)
-        args.ranks = 1 if alone else math.gcd(distributed.num_cores(), args.num_envs)
+        args.ranks = 1 if alone else distributed.even_ranks(math.gcd(args.num_envs, args.batch_size))
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

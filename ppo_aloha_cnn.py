@@ -655,7 +655,8 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     args.task = TASKS[args.env_id]  # tyro leaves the one of the defaults
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     if args.precision == "auto":
         args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
     check_args(args)
