@@ -32,7 +32,7 @@ from common.envs.isaac import make_env
 from common.envs.real2sim import ENV_SETTINGS, Real2SimConfig, Real2SimEnv
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.logger import Logger, drop_run_dir, make_run_dir
+from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 
@@ -402,7 +402,6 @@ def make(args: Args, num_envs: int, seed: int, **more):
         if not isinstance(envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id} has discrete actions; this script takes continuous ones")
     except ValueError as error:
-        drop_run_dir(args.log_dir)
         cli.fail(str(error))
     return envs
 

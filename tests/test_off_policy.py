@@ -483,6 +483,14 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
 
 
+def test_a_mistake_does_not_cost_a_user_the_settings_beside_it(script, tmp_path, monkeypatch):
+    """A folder with nothing but args.yaml in it is not always one that a run has made."""
+    (tmp_path / "args.yaml").write_text("seed: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(script, "--config", "args.yaml", "--env-id", "CartPole-v1", *ALWAYS) == 2
+    assert (tmp_path / "args.yaml").exists()
+
+
 def test_every_setting_is_documented_and_read(script):
 
     assert undocumented(script.path, "Args") == []
