@@ -66,7 +66,9 @@ class Args(cli.RunArgs, Real2SimConfig):
     buffer_size: int = 500_000  # steps in the replay buffer, over all environments
     save_replay: bool = True
     """checkpoints hold the replay buffer, so that a resumed run is the same run; without, it is filled anew"""
-    learning_starts: int = 6400  # environment steps with random actions before the first update (CleanRL)
+    learning_starts: int = 6400
+    """environment steps before the first update (CleanRL), with random actions unless --model-path or --resume gives a
+    policy"""
     updates_per_step: int = 4  # updates of the critics per step of all environments (FastTD3, PQL)
     batch_size: int = 256  # samples per update, over all ranks
     gamma: float = 0.9  # discount: each next stage of the reward is a few steps away (0.97 in FastSAC, 0.99 in CleanRL)
@@ -497,6 +499,7 @@ def main(args: Args):
     replay = Replay(N, args.buffer_size // args.num_envs + 1, *agent.sizes, device)
     collected = 0  # environment steps that went into the buffer
     updates = 0  # of the critics
+    steps_at_random = 0 if args.model_path else args.learning_starts  # environment steps with random actions
 
     # --- resume
     torch.manual_seed(seed)
@@ -507,6 +510,7 @@ def main(args: Args):
         envs.load_state_dict(run.own["envs"])
         next_obs = run.own["next_obs"].to(device)
         updates = run.own["updates"]
+        steps_at_random = run.own.get("steps_at_random", steps_at_random)
         if "replay" in run.own:
             replay.load_state_dict(run.own["replay"])
             collected = run.own["collected"]
@@ -531,7 +535,7 @@ def main(args: Args):
         for _ in range(T):
             # --- rollout: one step of all environments
             obs = next_obs
-            if run.global_step < args.learning_starts:
+            if run.global_step < steps_at_random:
                 actions = 2 * torch.rand_like(replay.actions[:, 0]) - 1
             else:
                 actions = policy(obs)
@@ -583,7 +587,8 @@ def main(args: Args):
         name = f"model_{run.iteration}.pt"
         evaluate_now = args.eval_interval and run.iteration % args.eval_interval == 0 and not last
         if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
-            own = {"envs": envs.state_dict(), "next_obs": next_obs, "updates": updates}
+            own = {"envs": envs.state_dict(), "next_obs": next_obs}
+            own |= {"updates": updates, "steps_at_random": steps_at_random}
             if args.save_replay:
                 own |= {"replay": replay.state_dict(), "collected": collected}
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))

@@ -403,6 +403,20 @@ def test_updates_begin_after_the_random_steps_and_are_as_many_as_was_said(script
     assert len(updates[0][3]["obs"]) == 16  # --batch-size
 
 
+def test_a_policy_to_begin_with_acts_from_the_first_step(script, run_main, monkeypatch):
+    state = run_main()
+
+    def at_random(*args):
+        raise LookupError
+
+    monkeypatch.setattr(torch, "rand_like", at_random)
+    with pytest.raises(LookupError):
+        run_main()
+    again = run_main(model_path=f"{state['args']['log_dir']}/checkpoints/final_model.pt", learning_starts=70)
+    assert again["ranks"][0]["steps_at_random"] == 0  # as a resumed run must know
+    assert not torch.equal(again["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
 def test_samples_are_normalised_by_the_statistics_of_everything_observed_in_earlier_iterations(script, run_main, spied):
     state = run_main(norm_obs=True, num_iterations=3)
     seen = kept()["obs"].view(-1, 5).double()
