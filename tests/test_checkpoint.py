@@ -12,7 +12,7 @@ import pytest
 import torch
 from full_disk import fill, small_disk
 
-from common import checkpoint
+from common import checkpoint, cli
 from common.files import tolerant
 from common.flat_adam import FlatAdam
 
@@ -219,6 +219,34 @@ def test_export_onnx_of_a_policy_that_sees_and_feels(tmp_path, capfd):
         (actions,) = session.run(None, {name: value.numpy() for name, value in obs.items()})
         with torch.no_grad():
             np.testing.assert_allclose(actions, policy(obs), atol=1e-5)
+
+
+@dataclasses.dataclass
+class RunArgs(cli.RunArgs):
+    num_envs: int = 4
+    """environments"""
+    activation: str = "silu"
+    """which no shape of a weight tells"""
+
+
+@pytest.mark.parametrize("way", ["training", "--resume", "--eval-only --model-path"])
+def test_a_policy_is_not_given_to_other_networks_of_the_same_shapes(tmp_path, capsys, monkeypatch, way):
+    agent, path = torch.nn.Linear(3, 2), tmp_path / "model_1.pt"
+    checkpoint.save(path, {"script": "a.py", "args": dataclasses.asdict(RunArgs()), "agent": agent.state_dict()})
+
+    def use(*flags):
+        if way == "training":
+            args = cli.parse_args(RunArgs, argv=["--model-path", str(path), *flags])
+            checkpoint.begin_with(again, args, "a.py")
+        else:
+            monkeypatch.setattr(sys, "argv", ["a.py", *way.split(), str(path), "--device", "cpu", *flags])
+            assert checkpoint.parse_run_args(RunArgs, "a.py", {}, "").num_envs == 8
+
+    again = torch.nn.Linear(3, 2)
+    use("--num-envs", "8")
+    assert torch.equal(agent.weight, again.weight) == (way == "training")
+    message = refusal(capsys, lambda: use("--activation", "relu"))
+    assert all(word in message for word in ("--activation got relu", "silu", way.split()[-1].replace("training", "")))
 
 
 @dataclasses.dataclass
