@@ -153,6 +153,9 @@ class Run:
         self.log_time, self.log_step = time.time(), self.global_step
 
     def _resume(self, state: dict, settings: tuple[str, ...], exact: bool):
+        lacks = ", ".join(sorted({*self.learned, "ranks"} - state.keys()))
+        other = "--model-path evaluates its policy, or begins a training with it"
+        check(not lacks, f"--resume got {self.args.resume!r}, which lacks {lacks} to go on with; {other}")
         for name, part in self.learned.items():
             if name == "agent":
                 load_agent(part, state, "--resume")

@@ -280,6 +280,16 @@ def test_on_a_full_disk_the_next_checkpoint_tries_again(tmp_path, capsys):
         assert checkpoint.latest(disk).name == "model_3.pt" and capsys.readouterr().err == ""
 
 
+def test_a_policy_alone_cannot_be_resumed(tmp_path, capsys):
+    """As benchmark/results has one."""
+    agent, path = torch.nn.Linear(3, 2), tmp_path / "model_1.pt"
+    optimizer = FlatAdam(agent.parameters(), torch.tensor(0.5))
+    checkpoint.save(path, {"script": "a.py", "args": {}, "agent": agent.state_dict(), "iteration": 1})
+    learned = {"agent": agent, "optimizer": optimizer}
+    message = refusal(capsys, lambda: checkpoint.Run("a.py", Args(str(tmp_path), str(path)), learned))
+    assert "--resume" in message and "--model-path" in message
+
+
 def test_the_optimizer_of_an_older_version_costs_one_sentence(capsys):
     again = FlatAdam([torch.nn.Parameter(torch.ones(3))], torch.tensor(0.5))
     older = torch.optim.Adam([torch.nn.Parameter(torch.ones(n)) for n in (1, 2)])
