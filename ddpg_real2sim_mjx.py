@@ -43,7 +43,8 @@ PRESETS = {
     "gpu": dict(observation="full", num_envs=4096, batch_size=8192, tau=0.1, hidden=(512, 256, 128))
     | dict(distributional=True, buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000)
     | dict(learning_starts=40_960, checkpoint_interval=100),
-    # CleanRL's ddpg_continuous_action.py, with two critics in place of one.
+    # CleanRL's ddpg_continuous_action.py, but with two critics, and target critics that follow at every update, not at
+    # every second one.
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=25_000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
     | dict(policy_frequency=2, learning_rate=3e-4, critic_learning_rate=3e-4, noise_min=0.1, noise_max=0.1)
