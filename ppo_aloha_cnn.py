@@ -490,11 +490,13 @@ def main(args: Args):
     while run.iteration < num_iterations and not stopped:
         # --- anneal
         progress = run.iteration / num_iterations
-        if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
-            learning_rate.fill_(args.learning_rate * (1 - progress))
         critic_alone = run.iteration < args.critic_iterations
-        if critic_alone or run.iteration == args.critic_iterations > 0:
-            learning_rate.fill_(args.critic_learning_rate if critic_alone else args.learning_rate)
+        if critic_alone:
+            learning_rate.fill_(args.critic_learning_rate)
+        elif args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
+            learning_rate.fill_(args.learning_rate * (1 - progress))
+        elif run.iteration == args.critic_iterations > 0:
+            learning_rate.fill_(args.learning_rate)
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):

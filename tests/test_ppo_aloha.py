@@ -190,6 +190,13 @@ def test_at_first_the_critic_alone_may_learn(script, run_main, minibatches):
     assert not minibatches[0].advantages.any() and minibatches[1].advantages.any()
 
 
+@pytest.mark.parametrize(("anneal", "rates"), [(True, [3e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [3e-3, 1e-3, 1e-3, 1e-3])])
+def test_after_the_critic_alone_the_learning_rate_is_what_it_would_have_been(run_main, anneal, rates):
+    settings = dict(critic_iterations=1, critic_learning_rate=3e-3, learning_rate=1e-3, desired_kl=0.0)
+    run_main(num_iterations=4, anneal_lr=anneal, **settings)
+    assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("clip_reward", [False, True])
 def test_rewards_are_clipped_to_their_sign(script, run_main, minibatches, clip_reward):
     run_main(clip_reward=clip_reward, gamma=0.0, num_iterations=1, norm_adv=False)
