@@ -19,6 +19,7 @@ import torch
 from common import distributed
 from common.cli import check, check_flag, fail, parse_args
 from common.files import atomic, tolerant
+from common.logger import drop_run_dir
 from common.provenance import peak_memory_mb
 
 # Settings of a run that its checkpoint does not pass on.
@@ -103,9 +104,13 @@ def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
 def begin_with(agent: torch.nn.Module, args, script: str) -> None:
     """A training's --model-path, a checkpoint or a run's folder: its networks and normalisers, nothing else of it."""
     if args.model_path and not args.resume:
-        state = load(args.model_path, script)
-        check_networks(args, state["args"], "--model-path")
-        load_agent(agent, state, "--model-path")
+        try:
+            state = load(args.model_path, script)
+            load_agent(agent, state, "--model-path")
+            check_networks(args, state["args"], "--model-path")
+        except SystemExit:
+            drop_run_dir(args.log_dir)
+            raise
 
 
 def latest(path: str | Path, flag: str = "--resume") -> Path:

@@ -245,8 +245,12 @@ def test_a_policy_is_not_given_to_other_networks_of_the_same_shapes(tmp_path, ca
     again = torch.nn.Linear(3, 2)
     use("--num-envs", "8")
     assert torch.equal(agent.weight, again.weight) == (way == "training")
-    message = refusal(capsys, lambda: use("--activation", "relu"))
+    run_dir = tmp_path / "run"  # made before a training looks at its policy
+    run_dir.mkdir()
+    (run_dir / "args.yaml").touch()
+    message = refusal(capsys, lambda: use("--activation", "relu", "--log-dir", str(run_dir)))
     assert all(word in message for word in ("--activation got relu", "silu", way.split()[-1].replace("training", "")))
+    assert run_dir.exists() == (way != "training")
 
 
 @dataclasses.dataclass
