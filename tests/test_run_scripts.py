@@ -369,6 +369,7 @@ MISTAKES = [
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--hidden 64 0", "--hidden", "above 0"),
     ("--seed -1", "--seed", "0 or a number above it"),
+    ("--seed 99999999999999999999", "--seed", "below 2**32"),
     ("--num-env 3", "--num-env;", "--num-envs"),
     ("--device cuda", "--device", "cuda"),
     ("--device gpu", "--device", "gpu", "cuda"),
