@@ -405,7 +405,8 @@ def check_args(args: Args):
     for name in ("updates_per_step", "batch_size", "n_step", "policy_frequency", "num_critics"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("critic_learning_rate", "alpha_learning_rate", "alpha", "reward_scale"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+        cli.check_flag(args, 0 < getattr(args, name) < math.inf, name, "a number above 0")
+    cli.check_flag(args, math.isfinite(args.target_entropy), "target_entropy", "a number")
     cli.check_flag(args, args.learning_starts >= 0, "learning_starts", "0 or a number above it")
     cli.check_flag(args, 0 < args.tau <= 1, "tau", "a number above 0 and up to 1")
     cli.check_flag(args, args.batch_size % args.ranks == 0, "batch_size", f"a multiple of the {args.ranks} ranks")
@@ -496,7 +497,10 @@ def main(args: Args):
             update_actor = CudaGraph(update_actor)
 
     # --- storage, allocated once
-    replay = Replay(N, args.buffer_size // args.num_envs + 1, *agent.sizes, device)
+    try:
+        replay = Replay(N, args.buffer_size // args.num_envs + 1, *agent.sizes, device)
+    except RuntimeError as error:  # of the CPU's allocator, and torch.OutOfMemoryError of a GPU's
+        cli.fail(f"--buffer-size got {args.buffer_size}, for which there is no memory ({str(error).splitlines()[0]})")
     collected = 0  # environment steps that went into the buffer
     updates = 0  # of the critics
     steps_at_random = 0 if args.model_path else args.learning_starts  # environment steps with random actions

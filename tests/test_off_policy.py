@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from harness import ROOT, SCRIPTS, SilentLogger, kept
-from helpers import ALWAYS, run, undocumented
+from helpers import ALWAYS, check_sentence, run, undocumented
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from common import checkpoint
@@ -495,6 +495,11 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert run(script, "--resume", begin, "--num-iterations", 9, "--log-dir", tmp_path / "c", *ALWAYS) == 0
     later = checkpoint.load(tmp_path / "c" / "checkpoints" / "model_9.pt", script.name)
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
+def test_a_buffer_beyond_all_memory_costs_one_sentence(script, tmp_path, restored, capfd):
+    code = run(script, *script.flags, "--buffer-size", 10**15, "--log-dir", tmp_path, *ALWAYS)
+    check_sentence(code, capfd.readouterr().err, ["--buffer-size", str(10**15), "memory"])
 
 
 def test_a_mistake_does_not_cost_a_user_the_settings_beside_it(script, tmp_path, monkeypatch):
