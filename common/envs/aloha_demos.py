@@ -8,7 +8,7 @@ from common.envs.aloha_eval import Policy, evaluate, plain
 from common.envs.aloha_expert import Expert
 
 DEMO_STEPS = 300  # control steps, far more than the expert takes, whatever the time limit of the training
-ATTEMPTS = 10  # of the expert in each world
+ATTEMPTS = 4  # of the expert in each world
 
 
 class Curriculum:
