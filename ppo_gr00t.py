@@ -878,7 +878,8 @@ def evaluate_checkpoint(args: Args):
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     if args.model_path and not args.eval_only:  # in training the weights to begin with
         args.model = args.model_path
     check_args(args)
