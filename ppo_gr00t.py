@@ -40,14 +40,12 @@ from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, tak
 
 SCRIPT = "ppo_gr00t"
 # Every flag that differs from the defaults of Args, by group.
-TINY = dict(difficulty=0.0, max_episode_steps=56, reward="dense", gamma=0.92, demos=300, num_steps=32)
-TINY |= dict(critic_iterations=2, clip_vloss=False, log_interval=1, eval_interval=10)
+TINY = dict(difficulty=0.0, max_episode_steps=56, reward="dense", gamma=0.92, demos=300, bc_steps=600, num_steps=32)
+TINY |= dict(num_iterations=150, critic_iterations=2, clip_vloss=False, log_interval=1, eval_interval=10)
 PRESETS = {
     "laptop": TINY
-    | dict(num_iterations=110, tune="dit", sde_steps="last", noise_correlation=1.0)
-    | dict(learning_rate=6e-5, critic_learning_rate=2e-3),
-    "residual": TINY
-    | dict(policy="gaussian-residual", num_iterations=150, residual_std=0.15, critic_learning_rate=1e-3),
+    | dict(tune="dit", sde_steps="last", noise_correlation=1.0, learning_rate=6e-5, critic_learning_rate=2e-3),
+    "residual": TINY | dict(policy="gaussian-residual", residual_std=0.15, critic_learning_rate=1e-3),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
     | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
     | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, eval_interval=20),
@@ -866,7 +864,8 @@ def evaluate_checkpoint(args: Args):
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     if args.model_path and not args.eval_only:  # in training the weights to begin with
         args.model = args.model_path
     check_args(args)
