@@ -420,6 +420,8 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
+    if rank == 0 and args.learning_starts > num_iterations * T * args.num_envs:
+        print(f"warning: this run ends before --learning-starts {args.learning_starts}: nothing is learned")
     envs = make(args, N, seed)
 
     # --- agent

@@ -497,6 +497,12 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
 
 
+@pytest.mark.parametrize(("learning_starts", "says"), [(96, False), (97, True)])
+def test_a_run_that_ends_before_it_learns_says_so(script, run_main, capsys, learning_starts, says):
+    run_main(num_envs=6, num_steps=8, num_iterations=2, learning_starts=learning_starts)
+    assert (f"--learning-starts {learning_starts}: nothing is learned" in capsys.readouterr().out) == says
+
+
 def test_a_buffer_beyond_all_memory_costs_one_sentence(script, tmp_path, restored, capfd):
     code = run(script, *script.flags, "--buffer-size", 10**15, "--log-dir", tmp_path, *ALWAYS)
     check_sentence(code, capfd.readouterr().err, ["--buffer-size", str(10**15), "memory"])
