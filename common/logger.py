@@ -193,10 +193,11 @@ def drop_run_dir(run_dir: str | Path) -> None:
 
 
 def write_args(run_dir: Path, args) -> None:
-    """Write every setting of the dataclass `args` to `run_dir/args.yaml`, with commit, versions and hardware.
+    """Write every flag of the dataclass `args` to `run_dir/args.yaml`, with commit, versions and hardware.
 
     The file is itself valid for `--config`.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))  # tuples become lists, paths text
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    settings = json.loads(json.dumps(flags, default=str))  # tuples become lists, paths text
     text = yaml.safe_dump(settings | {RUN_INFO: run_info()}, sort_keys=False)
     write_text(Path(run_dir) / "args.yaml", text)
