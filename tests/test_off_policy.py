@@ -478,15 +478,16 @@ def test_learning_rates_fall_linearly_if_told_to(script, run_main):
     assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx([1e-3] * 2)
 
 
-def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, monkeypatch):
+def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, capsys):
     """--no-save-replay: the environments and the networks go on exactly, the updates wait for --learning-starts."""
     flags = [*script.flags, *script.size, *ALWAYS, "--no-save-replay", "--num-steps", 8, "--learning-starts", 64]
     assert run(script, *flags, "--num-iterations", 6, "--log-dir", tmp_path / "a") == 0
     begin = tmp_path / "a" / "checkpoints" / "model_6.pt"
     state = checkpoint.load(begin, script.name)
     [rank] = state["ranks"]
-    assert "replay" not in rank
+    assert "replay" not in rank and "buffer is empty" not in capsys.readouterr().out
     assert run(script, "--resume", begin, "--num-iterations", 7, "--log-dir", tmp_path / "b", *ALWAYS) == 0
+    assert "the replay buffer is empty, so the next update comes after 64 steps" in capsys.readouterr().out
     after = checkpoint.load(tmp_path / "b" / "checkpoints" / "model_7.pt", script.name)
     assert after["global_step"] == 7 * 8 * script.num_envs
     # 32 steps were collected since, fewer than 64: the networks are as they were, the environments are not.
