@@ -430,8 +430,6 @@ def test_a_policy_that_does_not_fit_ends_all_ranks_with_one_sentence(script, fin
 
 @pytest.mark.parametrize("cores", [1, 2, 6, 14, 96])
 def test_the_ranks_of_a_run_without_flags_share_its_environments_on_any_machine(script, cores, tmp_path, monkeypatch):
-    if script.name in ("ppo_go2_mujoco", "ppo_gr00t", "ppo_multimodal_peginsert"):
-        pytest.skip("it takes all cores yet, whether its environments are a multiple of them or not")
     launched = []
     monkeypatch.setattr(distributed, "launch", lambda main, args, ranks: launched.append((args, ranks)))
     monkeypatch.setattr(distributed, "num_cores", lambda: cores)
