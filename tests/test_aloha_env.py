@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from common import video
 from common.envs.aloha import START_POSE, AlohaConfig, AlohaEnv
+from common.physics import BatchedMujoco
 
 needs_gl = pytest.mark.skipif(video.find_gl() is None, reason=video.missing_gl_message())
 TASKS = ("insertion", "transfer_cube")
@@ -577,3 +578,20 @@ def test_every_setting_is_documented():
     page = (Path(__file__).parent.parent / "docs" / "aloha.md").read_text()
     for name in AlohaConfig.__dataclass_fields__:
         assert f"`--{name.replace('_', '-')}`" in page, name
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(0, 3), (2, 2)])
+def test_the_ranks_share_the_cores(monkeypatch, threads, expected):
+    """Pools of threads that have not a core each spin against each other."""
+    found = []
+
+    class Physics(BatchedMujoco):
+        def __init__(self, model, num_envs, device, backend, num_threads, **sizes):
+            found.append(num_threads)
+            super().__init__(model, num_envs, device, backend, 1, **sizes)
+
+    monkeypatch.setattr("common.envs.aloha.BatchedMujoco", Physics)
+    monkeypatch.setattr("common.distributed.num_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    AlohaEnv(1, obs_type="state", threads=threads).close()
+    assert found == [expected]

@@ -344,6 +344,22 @@ def test_every_world_counts_once_a_round_on_the_packages_reward(monkeypatch):
     assert result["success_ci95"][0] < 0.5 < result["success_ci95"][1]
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(0, 6), (2, 2)])
+def test_an_evaluation_has_all_cores(monkeypatch, threads, expected):
+    found = []
+
+    class Slow(Race):
+        def __init__(self, num_envs, device, seed, **settings):
+            found.append(settings["threads"])
+            super().__init__(num_envs, device, seed, **settings)
+
+    monkeypatch.setattr(aloha_eval, "AlohaEnv", Slow)
+    monkeypatch.setattr(aloha_eval, "num_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    aloha_eval.evaluate(lambda obs: obs, AlohaConfig(threads=threads), "cpu", 2)
+    assert found == [expected]
+
+
 @pytest.mark.parametrize("backend", ["fast", "gym-aloha"])
 def test_an_evaluation_of_both_backends(backend):
     cfg = AlohaConfig(obs_type="state", episode_steps=3)

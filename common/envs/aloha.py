@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch.nn.functional import adaptive_avg_pool2d
 
+from common.distributed import cores_per_rank
 from common.physics import STATE, BatchedMujoco
 from common.render import BatchedRenderer, decimate
 from common.video import find_gl
@@ -195,7 +196,8 @@ class AlohaEnv(VectorEnv):
         self.num_envs = num_envs
         self.model = build_model(cfg.task)
         engine = "mujoco" if cfg.env_backend == "gym-aloha" else cfg.backend
-        self.physics = BatchedMujoco(self.model, num_envs, device, engine, cfg.threads, nconmax=64, njmax=512)
+        threads = cfg.threads or cores_per_rank()
+        self.physics = BatchedMujoco(self.model, num_envs, device, engine, threads, nconmax=64, njmax=512)
         self.device = self.physics.device
         self.package = _Package(num_envs, cfg.task, self.physics) if cfg.env_backend == "gym-aloha" else None
         self.renderer = self._make_renderer() if cfg.obs_type != "state" else None
