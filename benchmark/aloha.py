@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import ppo_aloha_cnn as ppo
 from common import checkpoint
-from common.envs.aloha import AlohaEnv
+from common.envs.aloha import TASKS, AlohaEnv
 from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain
 
@@ -40,9 +40,8 @@ PICTURES = {
 def load_policy(path: Path) -> tuple[ppo.Agent, ppo.Args, dict]:
     """(deterministic policy, the settings of its run, the whole checkpoint)."""
     state = checkpoint.load(path, ppo.SCRIPT)
-    fields = {name: field for name, field in ppo.Args.__dataclass_fields__.items() if field.init}
+    fields = ppo.Args.__dataclass_fields__
     args = ppo.Args(**{name: value for name, value in state["args"].items() if name in fields})
-    args.task = ppo.TASKS[args.env_id]
     envs = AlohaEnv(1, "cpu", **plain(args))
     agent = ppo.Agent(envs, args)
     envs.close()
@@ -136,7 +135,7 @@ def plot(runs: dict, path: Path):
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--tasks", nargs="+", choices=list(ppo.TASKS), default=list(ppo.TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--episodes", type=int, default=256, help="in the fast environment; 0: none")
     parser.add_argument("--shadow-episodes", type=int, default=128, help="in the fast one with shadows; 0: none")
     parser.add_argument("--package-episodes", type=int, default=104, help="in the package's own; 0: none")
@@ -168,7 +167,7 @@ def main():
             tools.write(args, "aloha", args.seeds, None, began, figures)
             plot(figures["runs"], args.out / "aloha.png")
             if args.keep_policy:
-                keep_policy(run_dir, args.out / f"aloha_{ppo.TASKS[task]}.pt")
+                keep_policy(run_dir, args.out / f"aloha_{TASKS[task]}.pt")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ $PY benchmark/peg_env_speed.py                                       # 3 min
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
 $PY benchmark/peg_insert.py --variants all rgb tactile blind --levels 0.3 --difficulty 0.3 --clip-vloss --num-iterations 80
 $PY benchmark/peg_capacity.py                                        # 1 min: computed, no GPU
-$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50
+$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50 --total-timesteps 487424
+$PY benchmark/real2sim.py --algorithms sac_gamma_0.97 --seeds 1 2 --eval-interval 50 --total-timesteps 487424
 $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 PPO_RUN=$(ls -d runs/benchmark/real2sim-*/ppo_1 | tail -1)
@@ -38,7 +39,9 @@ $PY benchmark/aloha.py --preset long --seeds 1 --keep-policy
 $PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --name "1, then with shadows" --keep-policy --preset fast \
     --model-path benchmark/results/aloha_insertion.pt --bc-expert 0.3 --bc-minutes 8 --bc-learning-rate 1e-3 \
     --bc-frames 60000 --shadows --supersample 2 --mesh-detail 0.006 --num-iterations 10 --package-episodes 48
-$PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --demo-resets --obs-type state --bc-coef 0 --critic-iterations 0
+$PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --demo-resets --episodes 64 --preset fast --obs-type state \
+    --bc-coef 0 --critic-iterations 0 --episode-steps 60 --init-std 0.1 --num-steps 64 --num-minibatches 4 \
+    --update-epochs 4 --desired-kl 0.03 --num-iterations 55
 $PY benchmark/aloha_sb3.py ${SB3:+--sb3 "$SB3"}                       # 10 min
 $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from harness import ROOT, SCRIPTS, SilentLogger, kept
-from helpers import ALWAYS, run, undocumented
+from helpers import ALWAYS, check_sentence, run, undocumented
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from common import checkpoint
@@ -403,6 +403,20 @@ def test_updates_begin_after_the_random_steps_and_are_as_many_as_was_said(script
     assert len(updates[0][3]["obs"]) == 16  # --batch-size
 
 
+def test_a_policy_to_begin_with_acts_from_the_first_step(script, run_main, monkeypatch):
+    state = run_main()
+
+    def at_random(*args):
+        raise LookupError
+
+    monkeypatch.setattr(torch, "rand_like", at_random)
+    with pytest.raises(LookupError):
+        run_main()
+    again = run_main(model_path=f"{state['args']['log_dir']}/checkpoints/final_model.pt", learning_starts=70)
+    assert again["ranks"][0]["steps_at_random"] == 0  # as a resumed run must know
+    assert not torch.equal(again["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
 def test_samples_are_normalised_by_the_statistics_of_everything_observed_in_earlier_iterations(script, run_main, spied):
     state = run_main(norm_obs=True, num_iterations=3)
     seen = kept()["obs"].view(-1, 5).double()
@@ -464,15 +478,16 @@ def test_learning_rates_fall_linearly_if_told_to(script, run_main):
     assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx([1e-3] * 2)
 
 
-def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, monkeypatch):
+def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, capsys):
     """--no-save-replay: the environments and the networks go on exactly, the updates wait for --learning-starts."""
     flags = [*script.flags, *script.size, *ALWAYS, "--no-save-replay", "--num-steps", 8, "--learning-starts", 64]
     assert run(script, *flags, "--num-iterations", 6, "--log-dir", tmp_path / "a") == 0
     begin = tmp_path / "a" / "checkpoints" / "model_6.pt"
     state = checkpoint.load(begin, script.name)
     [rank] = state["ranks"]
-    assert "replay" not in rank
+    assert "replay" not in rank and "buffer is empty" not in capsys.readouterr().out
     assert run(script, "--resume", begin, "--num-iterations", 7, "--log-dir", tmp_path / "b", *ALWAYS) == 0
+    assert "the replay buffer is empty, so the next update comes after 64 steps" in capsys.readouterr().out
     after = checkpoint.load(tmp_path / "b" / "checkpoints" / "model_7.pt", script.name)
     assert after["global_step"] == 7 * 8 * script.num_envs
     # 32 steps were collected since, fewer than 64: the networks are as they were, the environments are not.
@@ -481,6 +496,25 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert run(script, "--resume", begin, "--num-iterations", 9, "--log-dir", tmp_path / "c", *ALWAYS) == 0
     later = checkpoint.load(tmp_path / "c" / "checkpoints" / "model_9.pt", script.name)
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
+@pytest.mark.parametrize(("learning_starts", "says"), [(96, False), (97, True)])
+def test_a_run_that_ends_before_it_learns_says_so(script, run_main, capsys, learning_starts, says):
+    run_main(num_envs=6, num_steps=8, num_iterations=2, learning_starts=learning_starts)
+    assert (f"--learning-starts {learning_starts}: nothing is learned" in capsys.readouterr().out) == says
+
+
+def test_a_buffer_beyond_all_memory_costs_one_sentence(script, tmp_path, restored, capfd):
+    code = run(script, *script.flags, "--buffer-size", 10**15, "--log-dir", tmp_path, *ALWAYS)
+    check_sentence(code, capfd.readouterr().err, ["--buffer-size", str(10**15), "memory"])
+
+
+def test_a_mistake_does_not_cost_a_user_the_settings_beside_it(script, tmp_path, monkeypatch):
+    """A folder with nothing but args.yaml in it is not always one that a run has made."""
+    (tmp_path / "args.yaml").write_text("seed: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(script, "--config", "args.yaml", "--env-id", "CartPole-v1", *ALWAYS) == 2
+    assert (tmp_path / "args.yaml").exists()
 
 
 def test_every_setting_is_documented_and_read(script):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def warm_start(script, monkeypatch):
         monkeypatch.setattr(agent, "sample", lambda dist: (drawn.append(dist), sample(dist))[1])
         before = {name: p.clone() for name, p in agent.named_parameters()}
         obs, _ = envs.reset()
-        obs, done = script.ppo.dagger.clone_expert(agent, args, envs, expert, optimizer, learning_rate, obs, interrupt)
+        obs, done = script.ppo.dagger.clone_expert(agent, args, envs, expert, optimizer, obs, interrupt)
         assert torch.equal(obs, envs.obs) and learning_rate == args.learning_rate
         return SimpleNamespace(agent=agent, before=before, drawn=drawn, stored=stored, done=done)
 
@@ -189,6 +190,13 @@ def test_at_first_the_critic_alone_may_learn(script, run_main, minibatches):
     assert not minibatches[0].advantages.any() and minibatches[1].advantages.any()
 
 
+@pytest.mark.parametrize(("anneal", "rates"), [(True, [3e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [3e-3, 1e-3, 1e-3, 1e-3])])
+def test_after_the_critic_alone_the_learning_rate_is_what_it_would_have_been(run_main, anneal, rates):
+    settings = dict(critic_iterations=1, critic_learning_rate=3e-3, learning_rate=1e-3, desired_kl=0.0)
+    run_main(num_iterations=4, anneal_lr=anneal, **settings)
+    assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("clip_reward", [False, True])
 def test_rewards_are_clipped_to_their_sign(script, run_main, minibatches, clip_reward):
     run_main(clip_reward=clip_reward, gamma=0.0, num_iterations=1, norm_adv=False)
@@ -234,6 +242,19 @@ def test_pictures_alone_and_grey_ones(script):
     assert agent.encoder.cnn[0].in_channels == 1
     torch.testing.assert_close(agent(pixels), agent(grey), atol=2e-3, rtol=0)
     assert not torch.allclose(agent(pixels), agent(255 - pixels), atol=5e-3)
+
+
+def test_the_impala_encoder_is_residual(script):
+    pixels = observations(4)["pixels"]
+    agent = agent_for(script, ALOHA["pixels"], encoder="impala")
+    convolutions = [module for module in agent.encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert [module.out_channels for module in convolutions] == 5 * [16] + 10 * [32]
+    agent(pixels).sum().backward()
+    assert all(module.weight.grad.abs().sum() > 0 for module in convolutions)
+    block, features = script.ppo.Residual(8), torch.randn(2, 8, 5, 5)
+    assert not torch.allclose(block(features), features)
+    torch.nn.init.zeros_(block.layers[3].weight)
+    assert torch.equal(block(features), features)
 
 
 def test_the_warm_start_may_teach_the_encoder_where_the_objects_are(script):
@@ -290,7 +311,7 @@ def test_the_task_is_that_of_the_flag(tmp_path):
     command = [sys.executable, "ppo_aloha_cnn.py", *flags.split(), "--log-dir", str(tmp_path / "run")]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, capture_output=True)
     state = checkpoint.load(tmp_path / "run", "ppo_aloha_cnn")
-    assert state["args"]["task"] == "transfer_cube"
+    assert state["args"]["env_id"] == "AlohaTransferCube-v0"
     assert state["ranks"][0]["envs"]["physics"]["qpos"].shape == (2, 16 + 7)  # one object
 
 
@@ -336,12 +357,34 @@ def test_every_world_counts_once_a_round_on_the_packages_reward(monkeypatch):
     assert result["success_ci95"][0] < 0.5 < result["success_ci95"][1]
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(0, 6), (2, 2)])
+def test_an_evaluation_has_all_cores(monkeypatch, threads, expected):
+    found = []
+
+    class Slow(Race):
+        def __init__(self, num_envs, device, seed, **settings):
+            found.append(settings["threads"])
+            super().__init__(num_envs, device, seed, **settings)
+
+    monkeypatch.setattr(aloha_eval, "AlohaEnv", Slow)
+    monkeypatch.setattr(aloha_eval, "num_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    aloha_eval.evaluate(lambda obs: obs, AlohaConfig(threads=threads), "cpu", 2)
+    assert found == [expected]
+
+
 @pytest.mark.parametrize("backend", ["fast", "gym-aloha"])
 def test_an_evaluation_of_both_backends(backend):
     cfg = AlohaConfig(obs_type="state", episode_steps=3)
     result = aloha_eval.evaluate(lambda obs: torch.zeros(len(obs), 14), cfg, "cpu", 2, backend)
     assert (result["episodes"], result["success_rate"], result["mean_length"]) == (2, 0.0, 3)
     assert sum(result["highest_level"]) == 2 and result["backend"] == backend
+
+
+def test_the_task_survives_another_setting(script):
+    args = script.ppo.Args(env_id="AlohaTransferCube-v0")
+    cfg = AlohaConfig(**aloha_eval.plain(replace(args, shadows=True)))
+    assert (cfg.task, cfg.shadows) == ("transfer_cube", True)
 
 
 def test_what_is_seen_keeps_its_shape():
