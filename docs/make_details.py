@@ -121,8 +121,8 @@ REASONS = {
         17: _NO_BUTTON,
         18: "The cameras draw in the size that is observed ({common/envs/peg_insert.py|image_size: int}), in colour.",
         19: "Rewards are scaled by a running statistic (detail 30), which keeps their sizes apart.",
-        20: "No stack: velocities are observed; `--trail` adds positions ({common/envs/peg_insert.py|trail: int}).",
-        **dict.fromkeys(range(32, 37), "No recurrent network; `--trail` is its memory."),
+        20: "No stack: velocities are observed, and actions are smoothed.",
+        **dict.fromkeys(range(32, 37), "No recurrent network yet."),
         37: "Actions are continuous.",
     },
     "ppo_real2sim_mjx.py": {

@@ -139,11 +139,7 @@ def test_seeds():
     assert same(rollout(a, actions(4, 4)), rollout(c, actions(4, 4)))
 
 
-@pytest.mark.parametrize(
-    "config",
-    ({"curriculum": True, "trail": 2}, BLIND, BLIND | {"trail": 1}),
-    ids=("curriculum", "multimodal", "multimodal trail"),
-)
+@pytest.mark.parametrize("config", ({"curriculum": True}, BLIND), ids=("curriculum", "multimodal"))
 def test_state_dict_goes_on_bit_for_bit(config):
     env, other = make(4, max_episode_steps=6, **config), make(4, seed=8, max_episode_steps=6, **config)
     env.reset(options={"random_phase": True})
@@ -180,8 +176,6 @@ def test_an_action_that_is_not_finite_costs_its_own_episode():
     (
         ({"difficulty": 1.5}, "--difficulty takes a number from 0 to 1, got 1.5"),
         ({"difficulty": math.nan}, "--difficulty"),
-        ({"trail": -1}, "--trail takes 0 to 6, got -1"),
-        ({"trail": 7}, "--trail"),
         ({"substeps": 0}, "--substeps takes 1 or more, got 0"),
         ({"observation": "pixels"}, "--observation takes one of state, multimodal, got 'pixels'"),
         ({"modalities": ("sound",)}, "--modalities takes one or more of rgb, tactile, proprio"),
@@ -430,42 +424,6 @@ def test_proprioception():
     assert torch.equal(proprio[:, 14:17], env.fingertip)
     assert torch.equal(proprio[:, 17:], quaternion_down(env.frames.rotation))
     np.testing.assert_allclose(plain._observe()["proprio"][:, :7], q, atol=1e-6)
-
-
-@pytest.mark.parametrize("config", ({}, BLIND), ids=("state", "proprio"))
-def test_trail(config):
-    """What an environment without it observes, then how far the fingertip came in 4, 8 and 16 steps, or since the
-    episode began; so too in final_obs. Episodes end at different times.
-    """
-    limit, name = 19, "proprio" if config else "state"
-    columns = slice(14, 17) if config else slice(0, 3)
-
-    def vector(obs):
-        return obs[name] if config else obs
-
-    env, plain = (make(3, seed=5, max_episode_steps=limit, trail=trail, **config) for trail in (3, 0))
-    space = env.single_observation_space
-    assert (space[name] if config else space).shape == ((21 if config else 19) + 9,)
-    env.reset(seed=5, options={"random_phase": True})
-    obs, _ = plain.reset(seed=5, options={"random_phase": True})
-    past = [[row] for row in vector(obs)]  # of each environment's episode
-
-    def expected(rows):
-        changes = [rows[-1][columns] - rows[max(0, len(rows) - 1 - age)][columns] for age in (4, 8, 16)]
-        return torch.cat((rows[-1], *changes))
-
-    ended = 0
-    for action in actions(2 * limit, 3):
-        longer, *_, info = env.step(action)
-        obs, *_, other = plain.step(action)
-        for i in range(3):
-            past[i].append(vector(other["final_obs"])[i])
-            assert torch.equal(vector(info["final_obs"])[i], expected(past[i]))
-            if other["_episode"][i]:
-                past[i] = [vector(obs)[i]]
-                ended += 1
-            assert torch.equal(vector(longer)[i], expected(past[i]))
-    assert ended == 6
 
 
 def test_pictures(cameras):

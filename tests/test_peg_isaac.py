@@ -135,28 +135,6 @@ def test_the_state_is_factorys_own_and_the_critic_sees_no_more(isaac_lab):
     assert isaac_lab.launched == [False] and not isaac_lab.made
 
 
-@pytest.mark.parametrize("config", ({}, {"observation": "multimodal", "modalities": ("proprio",)}))
-def test_the_trail_ends_with_the_episode(isaac_lab, config):
-    """In episodes of 5 steps, a fingertip that moves by 1 m per step along x: as far as in 4 steps, and in 8 or fewer.
-
-    Factory's own state is the double's clock.
-    """
-    env = make(trail=2, **config)
-    width = 21 if config else 19
-
-    def came(obs):
-        obs = obs["proprio"] if config else obs
-        assert obs.shape == (3, width + 6)
-        return obs[0, [width, width + 3]].tolist()
-
-    env.reset(seed=1)
-    for step in range(1, 6):
-        env.flat.sim.fingertip_midpoint_pos[:, 0] += 1
-        obs, *_, info = env.step(torch.zeros(3, 6))
-        assert came(obs) == (pytest.approx([step, step]) if step < 5 else [0, 0])
-    assert came(info["final_obs"]) == pytest.approx([4, 5])
-
-
 def test_spaces_and_observations_are_those_of_the_twin(isaac_lab):
     cfg = PegInsertConfig(observation="multimodal", image_size=8)
     twin = PegInsertEnv(1, cfg=PegInsertConfig(observation="multimodal", modalities=("tactile", "proprio")))

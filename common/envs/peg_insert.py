@@ -20,7 +20,6 @@ from common import tactile
 from common.panda import LOWER, UPPER, Frames, MassMatrix, inverse_kinematics, quaternion_down
 from common.physics import BatchedMujoco, resolve_backend
 from common.render import BatchedRenderer
-from common.trail import Trail
 
 ASSET = Path(__file__).parent.parent / "assets" / "peg_insert.xml"
 PHYSICS_DT = 1 / 120  # s, Factory's
@@ -56,8 +55,6 @@ GRIP_HEIGHTS = (0.0365, 0.046)  # m above the peg's lower end
 TAXELS = 32  # per side of a pad
 TACTILE_SPREAD = 0.0015  # m, standard deviation of the print of a point force
 MODALITIES = ("rgb", "tactile", "proprio")
-STATE_SIZE, PROPRIO_SIZE = 19, 21
-STATE_POSITION, PROPRIO_POSITION = slice(0, 3), slice(14, 17)  # the fingertip's, in them
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
 
 
@@ -79,8 +76,6 @@ class PegInsertConfig:
     """the camera of rgb"""
     image_size: int = 64
     """height and width of rgb (pixels)"""
-    trail: int = 0
-    """how often the state, or proprio, also says how far the fingertip has come since then: 4, 8, 16, ... steps ago"""
     normalize_joint_angles: bool = True
     """proprioception has joint angles as -1 to 1 between their limits, not in rad"""
     difficulty: float = 1.0
@@ -156,7 +151,6 @@ def _check(cfg: PegInsertConfig, num_envs: int):
     require(known, "modalities", f"one or more of {', '.join(MODALITIES)}", cfg.modalities)
     for name in ("substeps", "solver_iterations", "max_episode_steps", "image_size"):
         require(getattr(cfg, name) >= 1, name, "1 or more", getattr(cfg, name))
-    require(0 <= cfg.trail <= 6, "trail", "0 to 6", cfg.trail)  # 6: 128 steps
     require(0 <= cfg.difficulty <= 1, "difficulty", "a number from 0 to 1", cfg.difficulty)
     widest = 2 * CENTRED  # beyond it a peg in the hole might not count as seated
     require(0 <= cfg.clearance <= widest, "clearance", f"metres, from 0 to {widest:g}", cfg.clearance)
@@ -233,9 +227,9 @@ class PegInsertEnv(VectorEnv):
         spaces = {
             "rgb": gym.spaces.Box(0, 255, (cfg.image_size, cfg.image_size, 3), np.uint8),
             "tactile": gym.spaces.Box(-math.inf, math.inf, (6, TAXELS, TAXELS)),
-            "proprio": gym.spaces.Box(-math.inf, math.inf, (PROPRIO_SIZE + 3 * cfg.trail,)),
+            "proprio": gym.spaces.Box(-math.inf, math.inf, (21,)),
         }
-        self.single_observation_space = gym.spaces.Box(-math.inf, math.inf, (STATE_SIZE + 3 * cfg.trail,))
+        self.single_observation_space = gym.spaces.Box(-math.inf, math.inf, (19,))
         if cfg.observation == "multimodal":
             self.single_observation_space = gym.spaces.Dict({name: spaces[name] for name in cfg.modalities})
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,))
@@ -253,8 +247,6 @@ class PegInsertEnv(VectorEnv):
         self.totals = zeros(1 + len(TERMS), N)  # sums over the episode: return and its terms
         self.nan_resets = torch.zeros((), dtype=torch.long, device=self.device)
         self.contact_force, self.contact_position = zeros(N, 2, 2, 3), zeros(N, 2, 2, 2)
-        position = STATE_POSITION if cfg.observation == "state" else PROPRIO_POSITION
-        self.trail = Trail(N, position, cfg.trail, self.device)
         self._everyone = torch.ones(N, dtype=torch.bool, device=self.device)
 
     BUFFERS = ("action", "hole", "hole_noise", "level", "episode_length", "phase", "succeeded", "totals", "nan_resets")
@@ -278,7 +270,7 @@ class PegInsertEnv(VectorEnv):
             self.phase = torch.randint(limit, (self.num_envs,), generator=self.generator, device=self.device)
             self.episode_length = self.phase.clone()
         self._read_state()
-        return self._observe(self._everyone), {}
+        return self._observe(), {}
 
     def step(self, actions: torch.Tensor):
         """Advances all environments by 1/15 s; see docs/environments.md for what it returns."""
@@ -334,14 +326,12 @@ class PegInsertEnv(VectorEnv):
     def state_dict(self) -> dict:
         """Everything exact resume needs: physics, buffers and the random generator."""
         state = {name: getattr(self, name).clone() for name in self.BUFFERS}
-        state["trail"] = self.trail.frames.clone()
         return state | {"physics": self.physics.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict):
         """Restores `state_dict()` of an environment with the same settings."""
         for name in self.BUFFERS:
             setattr(self, name, state[name].clone().to(self.device))
-        self.trail.frames = state["trail"].clone().to(self.device)
         self.physics.load_state_dict(state["physics"])
         self.generator.set_state(state["generator"].cpu())
         self._read_state()
@@ -376,22 +366,19 @@ class PegInsertEnv(VectorEnv):
         q = 2 * (self.q - self._lower) / (self._upper - self._lower) - 1 if self.cfg.normalize_joint_angles else self.q
         return torch.cat((q, self.qd, self.fingertip, quaternion_down(self.frames.rotation)), 1)
 
-    def _observe(self, begun: torch.Tensor | None = None, old: dict | None = None):
-        """(num_envs, 19 + 3 * trail), or a dict. Where `begun` an episode begins (None: a step has passed, everywhere);
-        pictures are then drawn there alone, and elsewhere those of `old` are kept, where it is given.
-        """
+    def _observe(self, mask: torch.Tensor | None = None, old: dict | None = None):
+        """(num_envs, 19), or a dict, whose pictures are drawn where `mask`; elsewhere they are those of `old`."""
         if self.cfg.observation == "state":
             quaternion = quaternion_down(self.frames.rotation)
-            state = torch.cat((self.fingertip - self.observed_rim, quaternion, self.velocity, self.action), 1)
-            return self.trail.stack(state, begun)
+            return torch.cat((self.fingertip - self.observed_rim, quaternion, self.velocity, self.action), 1)
         obs = {}
         for name in self.cfg.modalities:
             if name == "rgb":
-                obs[name] = self._pictures(begun, old and old[name])
+                obs[name] = self._pictures(mask, old and old[name])
             elif name == "tactile":
                 obs[name] = tactile.image(self.contact_force, self.contact_position, self._taxels, TACTILE_SPREAD)
             else:
-                obs[name] = self.trail.stack(self.proprioception(), begun)
+                obs[name] = self.proprioception()
         return obs
 
     def _pictures(self, mask: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor:
@@ -399,7 +386,7 @@ class PegInsertEnv(VectorEnv):
         for name, field in self.renderer.fields.items():
             field.copy_(getattr(self.physics, name))
         qpos = self.physics.qpos.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_POSITION, MAX_POSITION)
-        if old is None or self.device.type == "cuda":
+        if mask is None or self.device.type == "cuda":
             return self.renderer.render(qpos)
         pictures = old.clone()
         pictures[mask] = self.renderer.render(qpos, mask)

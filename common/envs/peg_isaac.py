@@ -20,17 +20,12 @@ from common.envs.peg_insert import (
     FINGERTIP,
     GRIP_DEPTH,
     HOLE_DEPTH,
-    PROPRIO_POSITION,
-    PROPRIO_SIZE,
     SEATED,
-    STATE_POSITION,
-    STATE_SIZE,
     TAXELS,
     PegInsertConfig,
     build_model,
 )
 from common.panda import LOWER, UPPER
-from common.trail import Trail
 
 FINGERS = ("panda_leftfinger", "panda_rightfinger")
 FINGER_HEIGHT = 0.0584  # m from the hand's frame to a finger's (franka_description)
@@ -39,7 +34,7 @@ PRIMS = {"wrist": "/World/envs/env_.*/Robot/panda_hand/camera", "side": "/World/
 APERTURE = 20.955  # mm, of Isaac Lab's pinhole camera
 # N/m of penetration: a peg pressed by 26 N into pads that yield by half a millimetre, over about 500 of 1024 taxels.
 STIFFNESS = 100.0
-WIDTHS = {"tactile": 6 * TAXELS * TAXELS, "proprio": PROPRIO_SIZE}
+WIDTHS = {"tactile": 6 * TAXELS * TAXELS, "proprio": 21}
 
 
 def is_factory(env_id: str) -> bool:
@@ -77,14 +72,12 @@ class FactoryPegEnv(VectorEnv):
         spaces = {
             "rgb": box(0, 255, (cfg.image_size, cfg.image_size, 3), np.uint8),
             "tactile": box(-math.inf, math.inf, (6, TAXELS, TAXELS)),
-            "proprio": box(-math.inf, math.inf, (PROPRIO_SIZE + 3 * cfg.trail,)),
+            "proprio": box(-math.inf, math.inf, (21,)),
         }
-        self.single_observation_space = box(-math.inf, math.inf, (STATE_SIZE + 3 * cfg.trail,))
+        self.single_observation_space = self.flat.single_observation_space
         if cfg.observation == "multimodal":
             self.single_observation_space = gym.spaces.Dict({name: spaces[name] for name in cfg.modalities})
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        position = STATE_POSITION if cfg.observation == "state" else PROPRIO_POSITION
-        self.trail = Trail(self.num_envs, position, cfg.trail, self.device)
 
     @property
     def nan_resets(self) -> torch.Tensor:
@@ -93,28 +86,24 @@ class FactoryPegEnv(VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Starts all episodes at once: Factory's reset moves every robot of the scene, so their ages never spread."""
         obs, info = self.flat.reset(seed=seed, options=options)
-        return self._split(obs, torch.ones(self.num_envs, dtype=torch.bool, device=self.device)), info
+        return self._split(obs), info
 
     def step(self, actions: torch.Tensor):
         obs, reward, terminated, truncated, info = self.flat.step(actions)
-        info["final_obs"] = self._split(torch.where(info["_final_obs"][:, None], info["final_obs"], obs))
+        info["final_obs"] = self._split(info["final_obs"])
         # Tensors of the task's last rewards, which it computes before it resets.
         task = self.flat.sim
         info["episode"] |= {"success": task.seated.float(), "success_once": task.seated_once.float()}
         info["episode"]["engaged"] = task.engaged.float()
-        return self._split(obs, info["_episode"]), reward, terminated, truncated, info
+        return self._split(obs), reward, terminated, truncated, info
 
-    def _split(self, flat: torch.Tensor, begun: torch.Tensor | None = None):
-        """The modalities of `Senses._get_observations`, (num_envs, all of them), with the trail of positions.
-        `begun`: as in `Trail.stack`.
-        """
+    def _split(self, flat: torch.Tensor):
+        """The modalities of `Senses._get_observations`, (num_envs, all of them)."""
         if self.cfg.observation == "state":
-            return self.trail.stack(flat, begun)
+            return flat
         parts = flat.split([_width(name, self.cfg) for name in self.cfg.modalities], 1)
         obs = {}
         for name, part in zip(self.cfg.modalities, parts, strict=True):
-            if name == "proprio":
-                part = self.trail.stack(part, begun)
             part = part.view(-1, *self.single_observation_space[name].shape)
             obs[name] = part.byte() if name == "rgb" else part
         return obs
