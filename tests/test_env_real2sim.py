@@ -284,7 +284,11 @@ def test_terms_of_placing_by_hand():
     assert far > real2sim.AWAY and env.at_goal.all() and env._terms()[:, 0].tolist() == pytest.approx([1, 1, 1, 1, 1])
     env.physics.qvel[:, 9] = 0.06  # still sliding
     env._read_state()
-    assert not env.at_goal.any() and env._terms()[4].item() == pytest.approx(0.8)
+    assert not env.at_goal.any()
+    for opening, told, pays in ((0.0, -1.0, 0.25), (0.0, 1.0, 0.5), (0.04, 0.0, 0.625), (0.04, 1.0, 0.75)):
+        env.target[:, 7:] = opening
+        env.action[:, 7:] = told
+        assert env._terms()[4].item() == pytest.approx(pays)
     env.physics.qvel[:] = 0
     env.goal[:] = env.object + torch.tensor([[0.05, 0.0, 0.0]])
     env._read_state()
