@@ -32,7 +32,7 @@ from common.envs.isaac import make_env
 from common.envs.real2sim import ENV_SETTINGS, Real2SimConfig, Real2SimEnv
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.logger import Logger, drop_run_dir, make_run_dir
+from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
 
@@ -43,7 +43,8 @@ PRESETS = {
     "gpu": dict(observation="full", num_envs=4096, batch_size=8192, tau=0.1, hidden=(512, 256, 128))
     | dict(distributional=True, buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000)
     | dict(learning_starts=40_960, checkpoint_interval=100),
-    # CleanRL's ddpg_continuous_action.py, with two critics in place of one.
+    # CleanRL's ddpg_continuous_action.py, but with two critics, and target critics that follow at every update, not at
+    # every second one.
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=25_000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)
     | dict(policy_frequency=2, learning_rate=3e-4, critic_learning_rate=3e-4, noise_min=0.1, noise_max=0.1)
@@ -65,7 +66,9 @@ class Args(cli.RunArgs, Real2SimConfig):
     buffer_size: int = 500_000  # steps in the replay buffer, over all environments
     save_replay: bool = True
     """checkpoints hold the replay buffer, so that a resumed run is the same run; without, it is filled anew"""
-    learning_starts: int = 6400  # environment steps with random actions before the first update (CleanRL)
+    learning_starts: int = 6400
+    """environment steps before the first update (CleanRL), with random actions unless --model-path or --resume gives a
+    policy"""
     updates_per_step: int = 4  # updates of the critics per step of all environments (FastTD3, PQL)
     batch_size: int = 256  # samples per update, over all ranks
     gamma: float = 0.97  # discount (0.97 in FastSAC and FastTD3, 0.99 in PQL and CleanRL)
@@ -380,7 +383,7 @@ def check_args(args: Args):
     for name in ("updates_per_step", "batch_size", "n_step", "policy_frequency", "num_critics"):
         cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     for name in ("critic_learning_rate", "reward_scale"):
-        cli.check_flag(args, getattr(args, name) > 0, name, "a number above 0")
+        cli.check_flag(args, 0 < getattr(args, name) < math.inf, name, "a number above 0")
     cli.check_flag(args, args.learning_starts >= 0, "learning_starts", "0 or a number above it")
     cli.check_flag(args, 0 < args.tau <= 1, "tau", "a number above 0 and up to 1")
     cli.check_flag(args, args.batch_size % args.ranks == 0, "batch_size", f"a multiple of the {args.ranks} ranks")
@@ -402,7 +405,6 @@ def make(args: Args, num_envs: int, seed: int, **more):
         if not isinstance(envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id} has discrete actions; this script takes continuous ones")
     except ValueError as error:
-        drop_run_dir(args.log_dir)
         cli.fail(str(error))
     return envs
 
@@ -468,9 +470,13 @@ def main(args: Args):
             update_actor = CudaGraph(update_actor)
 
     # --- storage, allocated once
-    replay = Replay(N, args.buffer_size // args.num_envs + 1, *agent.sizes, device)
+    try:
+        replay = Replay(N, args.buffer_size // args.num_envs + 1, *agent.sizes, device)
+    except RuntimeError as error:  # of the CPU's allocator, and torch.OutOfMemoryError of a GPU's
+        cli.fail(f"--buffer-size got {args.buffer_size}, for which there is no memory ({str(error).splitlines()[0]})")
     collected = 0  # environment steps that went into the buffer
     updates = 0  # of the critics
+    steps_at_random = 0 if args.model_path else args.learning_starts  # environment steps with random actions
 
     # --- resume
     torch.manual_seed(seed)
@@ -480,6 +486,7 @@ def main(args: Args):
         envs.load_state_dict(run.own["envs"])
         next_obs = run.own["next_obs"].to(device)
         updates = run.own["updates"]
+        steps_at_random = run.own.get("steps_at_random", steps_at_random)
         if "replay" in run.own:
             replay.load_state_dict(run.own["replay"])
             collected = run.own["collected"]
@@ -503,7 +510,7 @@ def main(args: Args):
         for _ in range(T):
             # --- rollout: one step of all environments
             obs = next_obs
-            if run.global_step < args.learning_starts:
+            if run.global_step < steps_at_random:
                 actions = 2 * torch.rand_like(replay.actions[:, 0]) - 1
             else:
                 actions = policy(obs)
@@ -555,7 +562,8 @@ def main(args: Args):
         name = f"model_{run.iteration}.pt"
         evaluate_now = args.eval_interval and run.iteration % args.eval_interval == 0 and not last
         if last or evaluate_now or run.iteration % args.checkpoint_interval == 0:
-            own = {"envs": envs.state_dict(), "next_obs": next_obs, "updates": updates}
+            own = {"envs": envs.state_dict(), "next_obs": next_obs}
+            own |= {"updates": updates, "steps_at_random": steps_at_random}
             if args.save_replay:
                 own |= {"replay": replay.state_dict(), "collected": collected}
             run.save(own, name, *(["final_model.pt"] if run.iteration == num_iterations else []))
@@ -635,7 +643,7 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
         alone = args.device != "cpu" or args.eval_only or is_gymnasium(args)
-        args.ranks = 1 if alone else math.gcd(distributed.num_cores(), args.num_envs)
+        args.ranks = 1 if alone else distributed.even_ranks(math.gcd(args.num_envs, args.batch_size))
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

@@ -490,11 +490,13 @@ def main(args: Args):
     while run.iteration < num_iterations and not stopped:
         # --- anneal
         progress = run.iteration / num_iterations
-        if args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
-            learning_rate.fill_(args.learning_rate * (1 - progress))
         critic_alone = run.iteration < args.critic_iterations
-        if critic_alone or run.iteration == args.critic_iterations > 0:
-            learning_rate.fill_(args.critic_learning_rate if critic_alone else args.learning_rate)
+        if critic_alone:
+            learning_rate.fill_(args.critic_learning_rate)
+        elif args.anneal_lr and not args.desired_kl:  # detail 4: linear annealing
+            learning_rate.fill_(args.learning_rate * (1 - progress))
+        elif run.iteration == args.critic_iterations > 0:
+            learning_rate.fill_(args.learning_rate)
 
         # --- rollout: the actions alone; what else is known of a step follows for all of them in one batch
         for t in range(T):
@@ -655,7 +657,8 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     args.task = TASKS[args.env_id]  # tyro leaves the one of the defaults
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     if args.precision == "auto":
         args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
     check_args(args)

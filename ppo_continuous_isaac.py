@@ -744,7 +744,7 @@ if __name__ == "__main__":
         # Ranks meet at every update, which costs about a millisecond: they pay where updates are far apart.
         steps_per_update = args.num_envs * args.num_steps / max(1, args.update_epochs * args.num_minibatches)
         alone = args.device != "cpu" or args.eval_only or not is_gymnasium(args) or steps_per_update < 100
-        args.ranks = 1 if alone else math.gcd(distributed.num_cores(), args.num_envs)
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

@@ -559,7 +559,8 @@ if __name__ == "__main__":
     if args.precision == "auto":
         args.precision = "bfloat16" if distributed.has_bfloat16(args.device) else "float32"
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

@@ -39,15 +39,15 @@ from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, tak
 SCRIPT = "ppo_gr00t"
 # Every flag that differs from the defaults of Args, by group.
 PRESETS = {
-    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=110)
-    | dict(demos=300, bc_steps=400, tune="dit", sde_steps="last", noise_level=0.5, noise_correlation=1.0)
+    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
+    | dict(demos=300, bc_steps=600, tune="dit", sde_steps="last", noise_level=0.5, noise_correlation=1.0)
     | dict(reward="dense", gamma=0.92, learning_rate=6e-5, critic_learning_rate=2e-3, critic_iterations=2)
     | dict(clip_vloss=False, log_interval=1, eval_interval=10),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
     | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
     | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, hidden=(128, 128), eval_interval=20),
     "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
-    | dict(policy="gaussian-residual", demos=300, bc_steps=400, residual_std=0.15, reward="dense", gamma=0.92)
+    | dict(policy="gaussian-residual", demos=300, bc_steps=600, residual_std=0.15, reward="dense", gamma=0.92)
     | dict(learning_rate=3e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
     | dict(log_interval=1, eval_interval=10),
     "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
@@ -878,7 +878,8 @@ def evaluate_checkpoint(args: Args):
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
-        args.ranks = 1 if args.device != "cpu" or args.eval_only else distributed.num_cores()
+        alone = args.device != "cpu" or args.eval_only
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     if args.model_path and not args.eval_only:  # in training the weights to begin with
         args.model = args.model_path
     check_args(args)

@@ -516,7 +516,7 @@ if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
     if not args.ranks:
         alone = args.device != "cpu" or args.eval_only
-        args.ranks = 1 if alone else distributed.num_cores()
+        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

@@ -12,7 +12,6 @@ of the last seed's policy, for --eval-only. Results of tasks and seeds that were
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import tools
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 import ppo_aloha_cnn as ppo
 from common import checkpoint
-from common.envs.aloha import AlohaEnv
+from common.envs.aloha import AlohaConfig, AlohaEnv
 from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain
 
@@ -50,6 +49,11 @@ def load_policy(path: Path) -> tuple[ppo.Agent, ppo.Args, dict]:
     return agent, args, state
 
 
+def environment(args: ppo.Args, **settings) -> AlohaConfig:
+    """The environment of a run, but for `settings`. `dataclasses.replace` would forget the task, which is no flag."""
+    return AlohaConfig(**plain(args) | settings)
+
+
 def measure(run_dir: Path, episodes: dict[str, int], before: dict) -> dict:
     """Both policies of a run in `episodes` fresh episodes with each of the PICTURES, and the curves of its training. Of
     those with no episodes, the result `before` stays.
@@ -63,7 +67,7 @@ def measure(run_dir: Path, episodes: dict[str, int], before: dict) -> dict:
             if not count or (kind == "gym-aloha" and stage != "PPO"):  # a step of the package's takes 80 ms
                 continue
             backend, settings = PICTURES[kind]
-            result = evaluate(agent, replace(args, **settings), "cpu", count, backend, tools.EVAL_SEED)
+            result = evaluate(agent, environment(args, **settings), "cpu", count, backend, tools.EVAL_SEED)
             low, high = result["success_ci95"]
             print(f"  {stage}, {kind}: {result['success_rate']:.1%} ({low:.1%} to {high:.1%})", flush=True)
             found[stage][kind] = result
@@ -84,7 +88,7 @@ def measure_curriculum(run_dir: Path, episodes: int) -> dict:
     envs.close()
     curriculum.frontier = state["ranks"][0]["frontier"]
     rates = curriculum.measure(agent, args, episodes, "cpu")
-    result = evaluate(agent, replace(args, episode_steps=300), "cpu", episodes, "fast", tools.EVAL_SEED)
+    result = evaluate(agent, environment(args, episode_steps=300), "cpu", episodes, "fast", tools.EVAL_SEED)
     low, high = result["success_ci95"]
     print(f"  frontier {curriculum.frontier}: {rates}, fresh {result['success_rate']:.1%} ({low:.1%} to {high:.1%})")
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}

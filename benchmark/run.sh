@@ -18,7 +18,8 @@ $PY benchmark/peg_env_speed.py                                       # 3 min
 $PY benchmark/peg_insert.py --variants state --seeds 1               # 12 min
 $PY benchmark/peg_insert.py --variants all rgb tactile blind --levels 0.3 --difficulty 0.3 --clip-vloss --num-iterations 80
 $PY benchmark/peg_capacity.py                                        # 1 min: computed, no GPU
-$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50
+$PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50 --total-timesteps 487424
+$PY benchmark/real2sim.py --algorithms sac_gamma_0.97 --seeds 1 2 --eval-interval 50 --total-timesteps 487424
 $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 PPO_RUN=$(ls -d runs/benchmark/real2sim-*/ppo_1 | tail -1)

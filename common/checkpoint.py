@@ -17,12 +17,15 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.cli import check, fail, parse_args
+from common.cli import check, check_flag, fail, parse_args
 from common.files import atomic, tolerant
+from common.logger import drop_run_dir
 from common.provenance import peak_memory_mb
 
 # Settings of a run that its checkpoint does not pass on.
 NOT_SAVED = ("device", "ranks", "resume", "eval_only", "model_path", "config")
+# Settings that change what networks compute, but not the shapes of their weights, by which others are found out.
+SHAPELESS = ("activation", "layer_norm", "log_std_min", "log_std_max", "v_min", "v_max")
 
 
 def save(path: str | Path, state: dict) -> None:
@@ -69,6 +72,7 @@ def parse_run_args(Args, script: str, presets: dict, default_preset, not_saved=(
         saved = {k: v for k, v in saved.items() if k not in (*NOT_SAVED, *not_saved)}
         args = parse_args(Args, saved=saved, unknown=unknown)
         args.resume, args.model_path = (path, "") if args.resume else ("", path)
+        check_networks(args, saved, flag)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -78,6 +82,14 @@ def parse_run_args(Args, script: str, presets: dict, default_preset, not_saved=(
     if "WORLD_SIZE" in os.environ:  # torchrun
         args.ranks = int(os.environ["WORLD_SIZE"])
     return args
+
+
+def check_networks(args, saved: dict, flag: str) -> None:
+    """One sentence if the SHAPELESS settings of `args` are not the `saved` ones of the checkpoint that `flag` names."""
+    for name in SHAPELESS:
+        if name in saved and hasattr(args, name):
+            takes = f"{saved[name]}, with which the policy of {flag} was trained"
+            check_flag(args, getattr(args, name) == saved[name], name, takes)
 
 
 def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
@@ -92,7 +104,13 @@ def load_agent(agent: torch.nn.Module, state: dict, flag: str) -> None:
 def begin_with(agent: torch.nn.Module, args, script: str) -> None:
     """A training's --model-path, a checkpoint or a run's folder: its networks and normalisers, nothing else of it."""
     if args.model_path and not args.resume:
-        load_agent(agent, load(args.model_path, script), "--model-path")
+        try:
+            state = load(args.model_path, script)
+            load_agent(agent, state, "--model-path")
+            check_networks(args, state["args"], "--model-path")
+        except SystemExit:
+            drop_run_dir(args.log_dir)
+            raise
 
 
 def latest(path: str | Path, flag: str = "--resume") -> Path:
@@ -140,6 +158,9 @@ class Run:
         self.log_time, self.log_step = time.time(), self.global_step
 
     def _resume(self, state: dict, settings: tuple[str, ...], exact: bool):
+        lacks = ", ".join(sorted({*self.learned, "ranks"} - state.keys()))
+        other = "--model-path evaluates its policy, or begins a training with it"
+        check(not lacks, f"--resume got {self.args.resume!r}, which lacks {lacks} to go on with; {other}")
         for name, part in self.learned.items():
             if name == "agent":
                 load_agent(part, state, "--resume")

@@ -37,9 +37,10 @@ def check(args: DemosConfig):
 def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> dict:
     """{"obs": what `envs` observes, "actions": (n, *action)} of `number` successful episodes, on the CPU.
 
-    expert: `expert(envs)` gives the actions, which are kept as they are. What is executed has Gaussian noise of
-    standard deviation `noise`, the same for all of a chunk, so that it is seen how the expert corrects mistakes (Laskey
-    et al. 2017, arXiv 1703.09327). The environments are reset first. Fewer where `interrupt` becomes true.
+    expert: `expert(envs)` gives the actions, (num_envs, chunk, action_dim) or (num_envs, action_dim), which are kept as
+    they are. What is executed has Gaussian noise of standard deviation `noise`, the same for all of a chunk, so that it
+    is seen how the expert corrects mistakes (Laskey et al. 2017, arXiv 1703.09327). The environments are reset first.
+    Fewer where `interrupt` becomes true.
     """
     obs, _ = envs.reset()
     steps, kept = [], []
@@ -48,7 +49,8 @@ def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> d
     while episodes < number and not (interrupt and kept):
         actions = expert(envs)
         steps.append({"obs": to(obs, "cpu"), "actions": actions.cpu()})
-        obs, _, _, _, info = envs.step(actions + noise * torch.randn_like(actions[:, :1]))
+        drawn = torch.randn_like(actions[:, :1] if actions.dim() == 3 else actions)
+        obs, _, _, _, info = envs.step(actions + noise * drawn)
         success = info["episode"]["success"].cpu() > 0
         for i in info["_episode"].cpu().nonzero().flatten().tolist():
             tried += 1

@@ -187,6 +187,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def even_ranks(number: int) -> int:
+    """The most ranks, no more than there are cores, that share `number` environments or samples evenly."""
+    return max(ranks for ranks in range(1, num_cores() + 1) if number % ranks == 0)
+
+
 def cores_per_rank() -> int:
     return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

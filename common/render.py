@@ -80,8 +80,8 @@ class BatchedRenderer:
         num_threads (0: all cores divided by the ranks on this machine), shadows and samples (per pixel, of MSAA) are
         for `mujoco`.
 
-        Raises ValueError, in one sentence, for an unknown camera or field, where no OpenGL loads, and for a backend
-        that does not fit the device.
+        Raises ValueError, in one sentence, for an unknown camera or field, where no OpenGL loads, for pictures that it
+        cannot hold, and for a backend that does not fit the device.
         """
         self._painters = []
         self.model, self.num_envs, self.height, self.width = copy.copy(model), num_envs, height, width
@@ -147,7 +147,11 @@ class BatchedRenderer:
         count = min(count, self.num_envs)
         batch = 1 if count == 1 else max(1, min(BATCH, BATCH_PIXELS // (self.height * self.width)))
         for _ in range(count):
-            self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows, batch))
+            try:
+                self._painters.append(_Painter(self.model, self.fields, self.height, self.width, shadows, batch))
+            except mujoco.FatalError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"no pictures of {self.height} x {self.width} pixels: {reason}") from None
 
     def _draw(self, qpos: torch.Tensor, rows: torch.Tensor, cameras: tuple[str, ...]) -> torch.Tensor:
         qpos, rows = np.asarray(qpos, np.float64), rows.numpy()

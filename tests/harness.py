@@ -465,6 +465,8 @@ SCRIPTS = {
             mistakes=(
                 *OFF_POLICY_MISTAKES,
                 ("--alpha 0", "--alpha"),
+                ("--alpha inf", "--alpha"),
+                ("--target-entropy nan", "--target-entropy"),
                 ("--log-std-min 3", "--log-std-min", "--log-std-max"),
             ),
             syntax_errors=(("--activation gelu", "silu"), ("--preset big", "laptop")),

@@ -82,6 +82,27 @@ def test_the_frontier_ends_with_the_longest_demonstration(curriculum):
     assert curriculum.frontier == longest > 50
 
 
+def test_an_expert_that_never_succeeds_costs_one_sentence(monkeypatch, capsys):
+    """Its hands hardly move; without a limit the search for demonstrations would go on for ever."""
+    monkeypatch.setattr("common.envs.aloha_demos.ATTEMPTS", 1)
+    monkeypatch.setattr("common.envs.aloha_demos.DEMO_STEPS", 5)
+    monkeypatch.setattr(Curriculum, "DEMOS", 2)
+    training = AlohaEnv(1, obs_type="state", threads=1)
+    with pytest.raises(SystemExit) as end:
+        Curriculum(AlohaConfig(obs_type="state", threads=1, joint_step=1e-6), training, 5)
+    assert end.value.code == 2 and "--demo-resets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["back", "counts"])
+def test_what_is_restored_is_on_the_device_of_the_environments(curriculum, name):
+    """A checkpoint is read on the CPU, wherever the training is."""
+    curriculum.counts = torch.zeros(2, device="meta")
+    state = {"frontier": 5, "back": torch.zeros(4, dtype=torch.long), "counts": torch.zeros(2)}
+    curriculum.load_state_dict(state)
+    assert getattr(curriculum, name).device.type == "meta"
+    curriculum.counts = torch.zeros(2)
+
+
 def test_a_policy_is_measured_from_before_to_beyond_the_frontier(curriculum, monkeypatch):
     starts = []
 

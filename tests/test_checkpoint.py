@@ -12,7 +12,7 @@ import pytest
 import torch
 from full_disk import fill, small_disk
 
-from common import checkpoint
+from common import checkpoint, cli
 from common.files import tolerant
 from common.flat_adam import FlatAdam
 
@@ -222,6 +222,38 @@ def test_export_onnx_of_a_policy_that_sees_and_feels(tmp_path, capfd):
 
 
 @dataclasses.dataclass
+class RunArgs(cli.RunArgs):
+    num_envs: int = 4
+    """environments"""
+    activation: str = "silu"
+    """which no shape of a weight tells"""
+
+
+@pytest.mark.parametrize("way", ["training", "--resume", "--eval-only --model-path"])
+def test_a_policy_is_not_given_to_other_networks_of_the_same_shapes(tmp_path, capsys, monkeypatch, way):
+    agent, path = torch.nn.Linear(3, 2), tmp_path / "model_1.pt"
+    checkpoint.save(path, {"script": "a.py", "args": dataclasses.asdict(RunArgs()), "agent": agent.state_dict()})
+
+    def use(*flags):
+        if way == "training":
+            args = cli.parse_args(RunArgs, argv=["--model-path", str(path), *flags])
+            checkpoint.begin_with(again, args, "a.py")
+        else:
+            monkeypatch.setattr(sys, "argv", ["a.py", *way.split(), str(path), "--device", "cpu", *flags])
+            assert checkpoint.parse_run_args(RunArgs, "a.py", {}, "").num_envs == 8
+
+    again = torch.nn.Linear(3, 2)
+    use("--num-envs", "8")
+    assert torch.equal(agent.weight, again.weight) == (way == "training")
+    run_dir = tmp_path / "run"  # made before a training looks at its policy
+    run_dir.mkdir()
+    (run_dir / "args.yaml").touch()
+    message = refusal(capsys, lambda: use("--activation", "relu", "--log-dir", str(run_dir)))
+    assert all(word in message for word in ("--activation got relu", "silu", way.split()[-1].replace("training", "")))
+    assert run_dir.exists() == (way != "training")
+
+
+@dataclasses.dataclass
 class Args:
     log_dir: str
     resume: str = ""
@@ -250,6 +282,16 @@ def test_on_a_full_disk_the_next_checkpoint_tries_again(tmp_path, capsys):
         filler.unlink()
         run.save({}, "model_3.pt")
         assert checkpoint.latest(disk).name == "model_3.pt" and capsys.readouterr().err == ""
+
+
+def test_a_policy_alone_cannot_be_resumed(tmp_path, capsys):
+    """As benchmark/results has one."""
+    agent, path = torch.nn.Linear(3, 2), tmp_path / "model_1.pt"
+    optimizer = FlatAdam(agent.parameters(), torch.tensor(0.5))
+    checkpoint.save(path, {"script": "a.py", "args": {}, "agent": agent.state_dict(), "iteration": 1})
+    learned = {"agent": agent, "optimizer": optimizer}
+    message = refusal(capsys, lambda: checkpoint.Run("a.py", Args(str(tmp_path), str(path)), learned))
+    assert "--resume" in message and "--model-path" in message
 
 
 def test_the_optimizer_of_an_older_version_costs_one_sentence(capsys):

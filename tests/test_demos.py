@@ -62,6 +62,13 @@ def test_noise_has_its_standard_deviation():
     assert torch.stack(envs.executed).std() == pytest.approx(0.4, rel=0.05)
 
 
+def test_without_chunks_each_component_has_a_noise_of_its_own():
+    envs = Counting()
+    demos.collect(envs, lambda envs: torch.zeros(2, 3), 4, noise=0.5)
+    executed = torch.cat(envs.executed)
+    assert (executed[:, :1] - executed[:, 1:]).abs().min() > 1e-4
+
+
 def test_an_expert_that_never_succeeds_costs_one_sentence(capsys):
     envs = Counting()
     with pytest.raises(SystemExit) as end:

@@ -135,6 +135,14 @@ def test_an_error_of_rank_0_is_told_by_its_own_traceback():
     assert "ValueError: no such thing" in err and "error: rank" not in err
 
 
+@pytest.mark.parametrize(
+    ("cores", "number", "ranks"), [(2, 512, 2), (6, 512, 4), (12, 512, 8), (12, 96, 12), (7, 10, 5), (4, 1, 1)]
+)
+def test_as_many_ranks_as_share_evenly(monkeypatch, cores, number, ranks):
+    monkeypatch.setattr(distributed, "num_cores", lambda: cores)
+    assert distributed.even_ranks(number) == ranks
+
+
 def test_means_over_two_ranks():
     assert start("means")[:2] == (0, "")
 

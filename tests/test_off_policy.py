@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from harness import ROOT, SCRIPTS, SilentLogger, kept
-from helpers import ALWAYS, run, undocumented
+from helpers import ALWAYS, check_sentence, run, undocumented
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from common import checkpoint
@@ -403,6 +403,20 @@ def test_updates_begin_after_the_random_steps_and_are_as_many_as_was_said(script
     assert len(updates[0][3]["obs"]) == 16  # --batch-size
 
 
+def test_a_policy_to_begin_with_acts_from_the_first_step(script, run_main, monkeypatch):
+    state = run_main()
+
+    def at_random(*args):
+        raise LookupError
+
+    monkeypatch.setattr(torch, "rand_like", at_random)
+    with pytest.raises(LookupError):
+        run_main()
+    again = run_main(model_path=f"{state['args']['log_dir']}/checkpoints/final_model.pt", learning_starts=70)
+    assert again["ranks"][0]["steps_at_random"] == 0  # as a resumed run must know
+    assert not torch.equal(again["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
 def test_samples_are_normalised_by_the_statistics_of_everything_observed_in_earlier_iterations(script, run_main, spied):
     state = run_main(norm_obs=True, num_iterations=3)
     seen = kept()["obs"].view(-1, 5).double()
@@ -481,6 +495,19 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert run(script, "--resume", begin, "--num-iterations", 9, "--log-dir", tmp_path / "c", *ALWAYS) == 0
     later = checkpoint.load(tmp_path / "c" / "checkpoints" / "model_9.pt", script.name)
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
+def test_a_buffer_beyond_all_memory_costs_one_sentence(script, tmp_path, restored, capfd):
+    code = run(script, *script.flags, "--buffer-size", 10**15, "--log-dir", tmp_path, *ALWAYS)
+    check_sentence(code, capfd.readouterr().err, ["--buffer-size", str(10**15), "memory"])
+
+
+def test_a_mistake_does_not_cost_a_user_the_settings_beside_it(script, tmp_path, monkeypatch):
+    """A folder with nothing but args.yaml in it is not always one that a run has made."""
+    (tmp_path / "args.yaml").write_text("seed: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(script, "--config", "args.yaml", "--env-id", "CartPole-v1", *ALWAYS) == 2
+    assert (tmp_path / "args.yaml").exists()
 
 
 def test_every_setting_is_documented_and_read(script):

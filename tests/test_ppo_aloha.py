@@ -1,5 +1,6 @@
 """What ppo_aloha_cnn.py has of its own: the warm start, the cloning term, the privileged critic, evaluation."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,13 @@ def test_at_first_the_critic_alone_may_learn(script, run_main, minibatches):
     assert not minibatches[0].advantages.any() and minibatches[1].advantages.any()
 
 
+@pytest.mark.parametrize(("anneal", "rates"), [(True, [3e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [3e-3, 1e-3, 1e-3, 1e-3])])
+def test_after_the_critic_alone_the_learning_rate_is_what_it_would_have_been(run_main, anneal, rates):
+    settings = dict(critic_iterations=1, critic_learning_rate=3e-3, learning_rate=1e-3, desired_kl=0.0)
+    run_main(num_iterations=4, anneal_lr=anneal, **settings)
+    assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("clip_reward", [False, True])
 def test_rewards_are_clipped_to_their_sign(script, run_main, minibatches, clip_reward):
     run_main(clip_reward=clip_reward, gamma=0.0, num_iterations=1, norm_adv=False)
@@ -342,6 +350,15 @@ def test_an_evaluation_of_both_backends(backend):
     result = aloha_eval.evaluate(lambda obs: torch.zeros(len(obs), 14), cfg, "cpu", 2, backend)
     assert (result["episodes"], result["success_rate"], result["mean_length"]) == (2, 0.0, 3)
     assert sum(result["highest_level"]) == 2 and result["backend"] == backend
+
+
+def test_a_policy_is_measured_in_the_task_that_it_was_trained_for(script, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmark")
+    benchmark = importlib.import_module("aloha")
+    args = script.ppo.Args(env_id="AlohaTransferCube-v0", episode_steps=150, image_width=96)
+    args.task = "transfer_cube"  # as the script does
+    cfg = benchmark.environment(args, shadows=True, episode_steps=300)
+    assert cfg == AlohaConfig(task="transfer_cube", shadows=True, episode_steps=300, image_width=96)
 
 
 def test_what_is_seen_keeps_its_shape():

@@ -192,6 +192,8 @@ def test_mistakes_cost_one_sentence(model, make, monkeypatch):
         make(N, ("front",), H, W)
     with pytest.raises(ValueError, match="no field 'geom_colour'"):
         make(per_world=("geom_colour",))
+    with pytest.raises(ValueError, match="^no pictures of 100000 x 4 pixels: "):
+        make(1, "top", 100_000, 4)
     with pytest.raises(ValueError, match="--backend got 'vulkan'"):
         make(backend="vulkan")
     with pytest.raises(ValueError, match="made for top, side"):

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -368,6 +369,7 @@ MISTAKES = [
     ("--learning-rate nan", "--learning-rate", "nan"),
     ("--hidden 64 0", "--hidden", "above 0"),
     ("--seed -1", "--seed", "0 or a number above it"),
+    ("--seed 99999999999999999999", "--seed", "below 2**32"),
     ("--num-env 3", "--num-env;", "--num-envs"),
     ("--device cuda", "--device", "cuda"),
     ("--device gpu", "--device", "gpu", "cuda"),
@@ -415,6 +417,19 @@ def test_a_policy_that_does_not_fit_ends_all_ranks_with_one_sentence(script, fin
     flags = ["--resume", finished[0], "--hidden", 32, "--log-dir", tmp_path, "--device", "cpu", "--ranks", 2]
     _, err = finish(start(script, *flags), code=2)
     check_sentence(2, err, ["--resume", "networks", "--hidden"])
+
+
+@pytest.mark.parametrize("cores", [1, 2, 6, 14, 96])
+def test_the_ranks_of_a_run_without_flags_share_its_environments_on_any_machine(script, cores, tmp_path, monkeypatch):
+    if script.name in ("ppo_go2_mujoco", "ppo_gr00t", "ppo_multimodal_peginsert"):
+        pytest.skip("it takes all cores yet, whether its environments are a multiple of them or not")
+    launched = []
+    monkeypatch.setattr(distributed, "launch", lambda main, args, ranks: launched.append((args, ranks)))
+    monkeypatch.setattr(distributed, "num_cores", lambda: cores)
+    monkeypatch.setattr(sys, "argv", [str(script.path), "--device", "cpu", "--log-dir", str(tmp_path)])
+    runpy.run_path(str(script.path), run_name="__main__")
+    [(args, ranks)] = launched
+    assert 1 <= ranks <= cores and args.num_envs % ranks == 0
 
 
 def test_several_ranks_share_no_gpu(script, capsys):

@@ -65,6 +65,18 @@ def test_the_first_success_of_an_episode_is_worth_one():
     assert rewards == [[0, 0], [1, 1], [0, 0], [1, 0], [0, 0], [1, 1]]
 
 
+def test_every_episode_of_an_evaluation_begins_with_a_chunk(monkeypatch):
+    """Those that follow another one within a chunk begin with the zeros that are left of it."""
+    env, begun = Counter(), []
+    reset = env.reset
+    monkeypatch.setattr(env, "reset", lambda **options: (begun.append(1), reset(**options))[1])
+    monkeypatch.setattr(vla, "make", lambda *args: vla.Chunks(env, {"top": "rgb", "state": "arm"}, 3))
+    monkeypatch.setattr(vla.Chunks, "close", lambda self: None)
+    result = vla.evaluate(lambda obs: torch.ones(2, 3), SimpleNamespace(env_id="Counter-v0"), "cpu", 5)
+    assert result["episodes"] == 6 and len(begun) == 3 and result["mean_length"] == 3
+    assert len(env.actions) == 6 and env.actions[:2] == [[1, 1], [1, 1]]  # two chunks a round
+
+
 def settings(env_id, **more):
     values = {"observation": "state", "chunk": 5, "max_episode_steps": 300, "reward": "sparse"} | more
     return SimpleNamespace(**(vars(PickConfig()) | vars(Gr00tConfig()) | {"env_id": env_id} | values))

@@ -2,12 +2,13 @@
 
 import torch
 
-from common import distributed
+from common import cli, distributed
 from common.envs.aloha import AlohaConfig, AlohaEnv
 from common.envs.aloha_eval import Policy, evaluate, plain
 from common.envs.aloha_expert import Expert
 
 DEMO_STEPS = 300  # control steps, far more than the expert takes, whatever the time limit of the training
+ATTEMPTS = 4  # of the expert in each world
 
 
 class Curriculum:
@@ -34,6 +35,8 @@ class Curriculum:
         states, waiting = [], torch.ones(self.DEMOS, dtype=torch.bool, device=device)
         self.length = torch.zeros(self.DEMOS, dtype=torch.long, device=device)
         while waiting.any():
+            solves = len(states) < ATTEMPTS * DEMO_STEPS
+            cli.check(solves, f"--demo-resets: the scripted expert does not solve the task within {DEMO_STEPS} steps")
             states.append(envs.get_state())
             _, _, _, _, info = envs.step(expert(envs))
             first = waiting & info["_episode"] & (info["episode"]["success"] > 0)
@@ -71,7 +74,8 @@ class Curriculum:
         return {"frontier": self.frontier, "back": self.back, "counts": self.counts}
 
     def load_state_dict(self, state: dict):
-        self.frontier, self.back, self.counts = (state[name] for name in ("frontier", "back", "counts"))
+        self.frontier = state["frontier"]
+        self.back, self.counts = (state[name].to(self.counts.device) for name in ("back", "counts"))
 
     def measure(self, policy: Policy, cfg: AlohaConfig, episodes: int, device) -> dict:
         """{steps before success: success rate} of the deterministic policy from there, up to beyond the frontier."""

@@ -3,7 +3,6 @@
 `Pick-v0` is one by itself; peg insertion and the two tasks of ALOHA are made one by `Chunks`. See docs/gr00t.md.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -173,9 +172,12 @@ def evaluate(policy: Policy, args, device, episodes: int, seed: int = SEED, thre
     if args.env_id == "Pick-v0":
         return pick_eval.evaluate(policy, args, device, episodes, seed, threads)
     envs = make(args, min(episodes, MOST_ENVS), device, seed, threads)
-    obs, _ = envs.reset()
-    columns = play(policy, envs, obs, device, math.ceil(episodes / envs.num_envs))
+    found = []
+    while len(found) * envs.num_envs < episodes:  # from a reset, since `Chunks` begins later episodes within a chunk
+        obs, _ = envs.reset()
+        found.append(play(policy, envs, obs, device))
     envs.close()
+    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
     result = {"episodes": len(columns["r"]), "seed": seed} | mean_return(columns["r"])
     return result | {"mean_length": columns["l"].mean().item()} | rates(columns, "success")
 
