@@ -273,6 +273,10 @@ def test_placing_is_possible_and_pays_more_than_holding():
     won = info["episode"]["success"] == 1
     assert won.float().mean() > 0.9 and info["episode"]["lifted"].mean() > 0.9
     assert (rewards[-1][won] > rewards[163][won] + 0.1).all() and rewards[-1][won].min() > 0.9
+    discounts = 0.9 ** torch.arange(35.0)[:, None]  # as PPO's
+    let_go = (discounts * torch.stack(rewards[165:])).sum(0)
+    held_on = discounts.sum() * rewards[163]
+    assert (let_go[won] > 1.2 * held_on[won]).all()
 
 
 def test_terms_of_placing_by_hand():

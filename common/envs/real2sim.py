@@ -378,15 +378,15 @@ class Real2SimEnv(VectorEnv):
         if self.cfg.task == "hold":
             lift = (height / LIFTED).clamp(0, 1)
             return torch.stack((reach, held, lift * held, place * held, self.at_goal.float()))
-        # High on the way, low near the goal. Only what is lifted comes nearer: paid as well for being drawn along the table,
-        # PPO did that for two million steps. And where the object is in its place, all is paid without the hand.
+        # High on the way, low near the goal, and only what is lifted comes nearer: paid as well for drawing the object
+        # along the table, PPO did that for two million steps. Where it is in its place, all is paid without the hand.
         wanted = LIFTED * (self.to_goal[:, :2].norm(dim=1) / PLACE_DISTANCE).clamp(0, 1)
         lift = 1 - (wanted - height).clamp(0, LIFTED) / LIFTED
         terms = torch.stack((reach, held, lift * held, place * lift * held))
         there = self.goal_distance < SUCCESS_DISTANCE
         terms = torch.where(there, torch.stack((torch.ones_like(place),) * 3 + (place,)), terms)
         # Half for how far the fingers are told to be open, and half for being told to open now: those of a hand that
-        # carries are told to close in every step, so that one step the other way opens nothing, and would teach nothing.
+        # carries are told to close in every step, and one step the other way opens nothing, so it would teach nothing.
         opening = (self.target[:, 7:].mean(1) / FINGER_MAX + (1 + self.action[:, 7:].mean(1)) / 2) / 2
         away = (self.hand_distance / AWAY).clamp(0, 1) * ~self.held  # else it pays to hold it by its end
         success = torch.where(self.at_goal, 1.0, there * (0.5 * opening + 0.25 * away))
