@@ -43,15 +43,19 @@ from common.provenance import ROOT
 
 # What the plot compares; scans, place and compact are other tasks.
 COLOURS = {"sac": "tab:blue", "sac_gamma_0.97": "lightsteelblue", "ppo": "tab:orange", "ddpg": "tab:green"}
-COLOURS |= {"cleanrl": "tab:red"}
+COLOURS |= {"ddpg_gamma_0.9": "lightgreen", "cleanrl": "tab:red"}
 LABELS = {"sac": "SAC", "sac_gamma_0.97": "SAC, gamma 0.97", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
+LABELS |= {"ddpg_gamma_0.9": "DDPG, gamma 0.9"}
 # {name: (script, flags beside its preset's)}
 ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
 SCANS = ["--objects", "box", "mug", "bunny"]
 ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", SCANS)
 ALGORITHMS["ppo_scans"] = ("ppo_real2sim_mjx", [*SCANS, "--held-out", "bottle"])
-ALGORITHMS["ppo_place"] = ("ppo_real2sim_mjx", ["--task", "place"])
+ALGORITHMS["ppo_place"] = ("ppo_real2sim_mjx", ["--task", "place", "--num-iterations", 220])
+ALGORITHMS["ppo_place_on"] = ("ppo_real2sim_mjx", ["--task", "place", "--num-iterations", 110, "--learning-rate", 1e-4])
 ALGORITHMS["sac_gamma_0.97"] = ("sac_real2sim_mjx", ["--gamma", 0.97])
+ALGORITHMS["ddpg_gamma_0.9"] = ("ddpg_real2sim_mjx", ["--gamma", 0.9])
+ALGORITHMS["ddpg_anneal"] = ("ddpg_real2sim_mjx", ["--gamma", 0.9, "--anneal-lr"])
 ALGORITHMS["sac_compact"] = ("sac_real2sim_mjx", ["--observation", "compact"])
 PEER = "cleanrl"
 PEER_ENVS = 8

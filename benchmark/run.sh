@@ -24,7 +24,7 @@ $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 PPO_RUN=$(ls -d runs/benchmark/real2sim-*/ppo_1 | tail -1)
 $PY benchmark/real2sim.py --algorithms ppo_scans --seeds 1 --per-object --model-path "$PPO_RUN"
-$PY benchmark/real2sim.py --algorithms ppo_place --seeds 1
+$PY benchmark/real2sim.py --algorithms ppo_place --seeds 1 --model-path "$PPO_RUN"    # goes on from holding
 $PY benchmark/real2sim_env_speed.py --engines mujoco
 SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_2 | tail -1)           # three scans, from a policy that knows the box
 $PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50000 \

@@ -293,6 +293,9 @@ def test_terms_of_placing_by_hand():
         env.target[:, 7:] = opening
         env.action[:, 7:] = told
         assert env._terms()[4].item() == pytest.approx(pays)
+    for tilt, share in ((math.pi / 8, 0.5), (math.pi / 3, 0.0)):
+        env.object_quat[:] = torch.tensor([math.cos(tilt / 2), math.sin(tilt / 2), 0, 0])
+        assert env._terms()[4].item() == pytest.approx(0.75 * share, abs=1e-5)
     env.physics.qvel[:] = 0
     env.goal[:] = env.object + torch.tensor([[0.05, 0.0, 0.0]])
     env._read_state()

@@ -43,6 +43,7 @@ SUCCESS_DISTANCE = 0.025  # m from the goal
 PLACE_DISTANCE = 0.1  # m, at least, from where the object lies to its goal
 AWAY = 0.05  # m from the hand to where it grasped: no hand that holds anything is that far
 STILL = 0.05  # m/s, below which the object is at rest
+MAX_TILT = math.pi / 4  # rad; an object that leans more is paid nothing for being let go of
 TERMS = {"reach": 0.15, "grasp": 0.1, "lift": 0.15, "place": 0.3, "success": 0.3}  # weights of the dense reward
 PLACE_TERMS = {"reach": 0.1, "grasp": 0.1, "lift": 0.1, "place": 0.2, "success": 0.5}  # of the task `place`
 MAX_POSITION, MAX_VELOCITY = 10.0, 1e3  # m or rad, and per s: beyond these the simulation has diverged
@@ -388,9 +389,16 @@ class Real2SimEnv(VectorEnv):
         # Half for how far the fingers are told to be open, and half for being told to open now: those of a hand that
         # carries are told to close in every step, and one step the other way opens nothing, so it would teach nothing.
         opening = (self.target[:, 7:].mean(1) / FINGER_MAX + (1 + self.action[:, 7:].mean(1)) / 2) / 2
-        away = (self.hand_distance / AWAY).clamp(0, 1) * ~self.held  # else it pays to hold it by its end
-        success = torch.where(self.at_goal, 1.0, there * (0.5 * opening + 0.25 * away))
+        away = (self.hand_distance / AWAY).clamp(0, 1)
+        upright = (1 - self._tilt() / MAX_TILT).clamp(0, 1)  # what is let go of while it leans falls over
+        success = torch.where(self.at_goal, 1.0, there * upright * (0.5 * opening + 0.25 * away))
         return torch.cat((terms, success[None]))
+
+    def _tilt(self) -> torch.Tensor:
+        """(num_envs,): the angle (rad) between the object's upward direction and that of the object at rest."""
+        rest = self._rest_quats[self.variant]
+        turned = multiply(self.object_quat, torch.cat((rest[:, :1], -rest[:, 1:]), 1))
+        return 2 * turned[:, 1:3].norm(dim=1).clamp(max=1).asin()
 
     def reward(self, terms: torch.Tensor) -> torch.Tensor:
         """(num_envs,), of `terms` (terms, num_envs) from 0 to 1 in the order of TERMS, or of any state there is."""
