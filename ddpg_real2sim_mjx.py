@@ -420,6 +420,8 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
+    if rank == 0 and args.learning_starts > num_iterations * T * args.num_envs:
+        print(f"warning: this run ends before --learning-starts {args.learning_starts}: nothing is learned")
     envs = make(args, N, seed)
 
     # --- agent
@@ -492,6 +494,8 @@ def main(args: Args):
             collected = run.own["collected"]
     else:
         next_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
+    if args.resume and rank == 0 and not collected:
+        print(f"the replay buffer is empty, so the next update comes after {args.learning_starts} steps")
 
     logger = Logger(run.dir, args, num_iterations * T * args.num_envs, run.global_step, enabled=rank == 0)
     interrupt = checkpoint.Interrupt()

@@ -72,7 +72,9 @@ class Args(cli.RunArgs, Real2SimConfig):
     updates_per_step: int = 4  # updates of the critics per step of all environments (FastTD3, PQL)
     batch_size: int = 256  # samples per update, over all ranks
     gamma: float = 0.9  # discount: each next stage of the reward is a few steps away (0.97 in FastSAC, 0.99 in CleanRL)
-    n_step: int = 3  # rewards summed before the target critic takes over (3 in PQL, 1 in FastSAC and CleanRL)
+    n_step: int = 3
+    """rewards summed before the target critic takes over (3 in PQL, 1 in FastSAC and CleanRL), without the entropies
+    of the steps between"""
     tau: float = 0.01  # share of the critics in the target critics' step (0.005 CleanRL, 0.05 PQL, 0.1 FastTD3)
     policy_frequency: int = 2  # updates of the critics per update of the actor (2 in TD3 and FastTD3, 4 in FastSAC)
     learning_rate: float = 3e-4  # Adam's step size for the actor
@@ -443,6 +445,8 @@ def main(args: Args):
 
     # --- environments
     num_iterations = args.num_iterations or math.ceil(args.total_timesteps / (T * args.num_envs))
+    if rank == 0 and args.learning_starts > num_iterations * T * args.num_envs:
+        print(f"warning: this run ends before --learning-starts {args.learning_starts}: nothing is learned")
     envs = make(args, N, seed)
 
     # --- agent
@@ -520,6 +524,8 @@ def main(args: Args):
             collected = run.own["collected"]
     else:
         next_obs, _ = envs.reset(seed=seed, options={"random_phase": True})
+    if args.resume and rank == 0 and not collected:
+        print(f"the replay buffer is empty, so the next update comes after {args.learning_starts} steps")
 
     logger = Logger(run.dir, args, num_iterations * T * args.num_envs, run.global_step, enabled=rank == 0)
     interrupt = checkpoint.Interrupt()

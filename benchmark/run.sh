@@ -39,7 +39,9 @@ $PY benchmark/aloha.py --preset long --seeds 1 --keep-policy
 $PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --name "1, then with shadows" --keep-policy --preset fast \
     --model-path benchmark/results/aloha_insertion.pt --bc-expert 0.3 --bc-minutes 8 --bc-learning-rate 1e-3 \
     --bc-frames 60000 --shadows --supersample 2 --mesh-detail 0.006 --num-iterations 10 --package-episodes 48
-$PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --demo-resets --obs-type state --bc-coef 0 --critic-iterations 0
+$PY benchmark/aloha.py --tasks AlohaInsertion-v0 --seeds 1 --demo-resets --episodes 64 --preset fast --obs-type state \
+    --bc-coef 0 --critic-iterations 0 --episode-steps 60 --init-std 0.1 --num-steps 64 --num-minibatches 4 \
+    --update-epochs 4 --desired-kl 0.03 --num-iterations 55
 $PY benchmark/aloha_sb3.py ${SB3:+--sb3 "$SB3"}                       # 10 min
 $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # Peers that are no package, or not one that is installed here: CLEANRL is CleanRL's ppo_continuous_action.py, SB3 the

@@ -167,9 +167,15 @@ def format_number(value: float) -> str:
 
 
 def make_run_dir(args, env_name: str) -> Path:
-    """Create `--log-dir`, or `runs/{exp_name}/{env}__{seed}__{time}`, and write `args.yaml` into it."""
+    """Create `--log-dir`, or `runs/{exp_name}/{env}__{seed}__{time}`, and write `args.yaml` into it. A folder with the
+    checkpoints of another run, of which some would outlive this one's, is refused unless that is to be resumed.
+    """
     if args.log_dir:
         run_dir = Path(args.log_dir)
+        if not args.resume and any(run_dir.glob("checkpoints/*.pt")):
+            fail(
+                f"--log-dir got {args.log_dir!r}, which holds another run; it takes a new folder, and --resume that run"
+            )
     else:
         name = f"{env_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path("runs", args.exp_name, name)
@@ -193,10 +199,11 @@ def drop_run_dir(run_dir: str | Path) -> None:
 
 
 def write_args(run_dir: Path, args) -> None:
-    """Write every setting of the dataclass `args` to `run_dir/args.yaml`, with commit, versions and hardware.
+    """Write every flag of the dataclass `args` to `run_dir/args.yaml`, with commit, versions and hardware.
 
     The file is itself valid for `--config`.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))  # tuples become lists, paths text
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    settings = json.loads(json.dumps(flags, default=str))  # tuples become lists, paths text
     text = yaml.safe_dump(settings | {RUN_INFO: run_info()}, sort_keys=False)
     write_text(Path(run_dir) / "args.yaml", text)

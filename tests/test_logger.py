@@ -19,6 +19,7 @@ class Args:
     exp_name: str = "test"
     seed: int = 3
     log_dir: str | None = None
+    resume: str = ""
     track: bool = False
     wandb_project: str = "project"
     wandb_entity: str | None = None
@@ -131,6 +132,17 @@ def test_run_dir(tmp_path, monkeypatch):
     assert set(info["versions"]) == {"python", "torch", "mujoco", "warp", "gymnasium", "numpy"}
     chosen = Args(log_dir=str(tmp_path / "here"))
     assert logger.make_run_dir(chosen, "Go2-v0") == logger.make_run_dir(chosen, "Go2-v0") == tmp_path / "here"
+
+
+def test_a_run_dir_is_not_shared(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best_model.pt").touch()  # which a run that is worse would leave as it is
+    with pytest.raises(SystemExit) as stop:
+        logger.make_run_dir(Args(log_dir=str(tmp_path)), "Go2-v0")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "--log-dir" in err and "--resume" in err
+    assert not (tmp_path / "args.yaml").exists()
+    assert logger.make_run_dir(Args(log_dir=str(tmp_path), resume=str(tmp_path)), "Go2-v0") == tmp_path
 
 
 def test_run_dir_that_cannot_be_written(tmp_path, capsys):

@@ -478,15 +478,16 @@ def test_learning_rates_fall_linearly_if_told_to(script, run_main):
     assert [line["charts/learning_rate"] for line in SilentLogger.lines] == pytest.approx([1e-3] * 2)
 
 
-def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, monkeypatch):
+def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script, tmp_path, restored, capsys):
     """--no-save-replay: the environments and the networks go on exactly, the updates wait for --learning-starts."""
     flags = [*script.flags, *script.size, *ALWAYS, "--no-save-replay", "--num-steps", 8, "--learning-starts", 64]
     assert run(script, *flags, "--num-iterations", 6, "--log-dir", tmp_path / "a") == 0
     begin = tmp_path / "a" / "checkpoints" / "model_6.pt"
     state = checkpoint.load(begin, script.name)
     [rank] = state["ranks"]
-    assert "replay" not in rank
+    assert "replay" not in rank and "buffer is empty" not in capsys.readouterr().out
     assert run(script, "--resume", begin, "--num-iterations", 7, "--log-dir", tmp_path / "b", *ALWAYS) == 0
+    assert "the replay buffer is empty, so the next update comes after 64 steps" in capsys.readouterr().out
     after = checkpoint.load(tmp_path / "b" / "checkpoints" / "model_7.pt", script.name)
     assert after["global_step"] == 7 * 8 * script.num_envs
     # 32 steps were collected since, fewer than 64: the networks are as they were, the environments are not.
@@ -495,6 +496,12 @@ def test_without_the_buffer_a_resumed_run_fills_it_anew_before_it_learns(script,
     assert run(script, "--resume", begin, "--num-iterations", 9, "--log-dir", tmp_path / "c", *ALWAYS) == 0
     later = checkpoint.load(tmp_path / "c" / "checkpoints" / "model_9.pt", script.name)
     assert not torch.equal(later["agent"]["actor.0.weight"], state["agent"]["actor.0.weight"])
+
+
+@pytest.mark.parametrize(("learning_starts", "says"), [(96, False), (97, True)])
+def test_a_run_that_ends_before_it_learns_says_so(script, run_main, capsys, learning_starts, says):
+    run_main(num_envs=6, num_steps=8, num_iterations=2, learning_starts=learning_starts)
+    assert (f"--learning-starts {learning_starts}: nothing is learned" in capsys.readouterr().out) == says
 
 
 def test_a_buffer_beyond_all_memory_costs_one_sentence(script, tmp_path, restored, capfd):

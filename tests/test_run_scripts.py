@@ -1,6 +1,7 @@
 """Whole runs of every script as its users start them: what they leave, resume, signals, full disks, mistakes."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from full_disk import fill, small_disk
 from harness import SCRIPTS
 from helpers import ALWAYS, alive, check_sentence, differences, finish, learned, run, start, tiny, wait_for
 
-from common import checkpoint, distributed
+from common import checkpoint, cli, distributed
 
 # All four for the first script; what handles them is the same code in the others.
 SIGNALS = [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
@@ -47,13 +48,21 @@ def test_a_run_leaves_its_settings(script, finished):
     assert run_dir.name.startswith(f"{script.task}__5__20")
     settings = yaml.safe_load((run_dir / "args.yaml").read_text())
     info = settings.pop("run_info")
-    assert settings.keys() == script.ppo.Args.__dataclass_fields__.keys()
+    assert settings.keys() == {field.name for field in dataclasses.fields(script.ppo.Args) if field.init}
     shown = settings["num_envs"], settings["seed"], settings["ranks"], settings["preset"]
     assert shown == (script.num_envs, 5, 2, script.preset)
     assert info["versions"]["torch"].startswith(torch.__version__.split("+")[0]) and "mujoco" in info["versions"]
     assert len(info["commit"]) >= 7 and info["hardware"]["cores"] >= 1
     assert f"preset {script.preset}: {script.num_envs} environments" in out and str(run_dir.name) in out
     assert out.count("preset") == 1 and "Traceback" not in err
+
+
+def test_the_settings_of_a_run_are_a_file_for_config(script, finished):
+    path = finished[0] / "args.yaml"
+    args = cli.parse_args(script.ppo.Args, script.ppo.PRESETS, script.ppo.default_preset, argv=["--config", str(path)])
+    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name != "run_info"}
+    again = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+    assert {name: again[name] for name in settings} == settings | {"config": str(path)}
 
 
 def test_a_run_leaves_metrics(script, finished):
@@ -421,8 +430,6 @@ def test_a_policy_that_does_not_fit_ends_all_ranks_with_one_sentence(script, fin
 
 @pytest.mark.parametrize("cores", [1, 2, 6, 14, 96])
 def test_the_ranks_of_a_run_without_flags_share_its_environments_on_any_machine(script, cores, tmp_path, monkeypatch):
-    if script.name in ("ppo_go2_mujoco", "ppo_gr00t", "ppo_multimodal_peginsert"):
-        pytest.skip("it takes all cores yet, whether its environments are a multiple of them or not")
     launched = []
     monkeypatch.setattr(distributed, "launch", lambda main, args, ranks: launched.append((args, ranks)))
     monkeypatch.setattr(distributed, "num_cores", lambda: cores)

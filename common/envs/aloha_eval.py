@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from common import video
+from common.distributed import num_cores
 from common.envs.aloha import SUCCESS, AlohaConfig, AlohaEnv
 from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
 from common.render import BatchedRenderer, decimate
@@ -37,6 +38,7 @@ def evaluate(
     """
     num_envs = min(episodes, MOST_ENVS[backend])
     settings = plain(cfg) | {"env_backend": backend, "reward": "sparse", "critic": "pixels"}
+    settings["threads"] = cfg.threads or num_cores()  # as the other ranks of a training wait meanwhile
     if backend == "gym-aloha":
         settings |= {"backend": "mujoco"}
     envs = AlohaEnv(num_envs, "cpu" if backend == "gym-aloha" else device, seed, **settings)

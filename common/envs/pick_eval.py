@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import video
+from common.distributed import num_cores
 from common.envs.pick import ENV_SETTINGS, PickConfig, PickEnv, build_model
 from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
 from common.render import BatchedRenderer
@@ -29,11 +30,12 @@ def evaluate(policy: Policy, cfg: PickConfig, device, episodes: int, seed: int =
 
     Rates have Wilson's 95% interval beside them: `success_rate`, the same by kind of instruction (`pick`, `put`; absent
     where none was drawn), `grasped_rate` (the cube was in the grip at some moment) and `wrong_cube_rate` (another one
-    was lifted). `mean_length` counts control steps, `threads` are physics threads (0: all cores). Every world counts
-    with one episode a round, so that short ones do not count more.
+    was lifted). `mean_length` counts control steps. `threads` are those of physics and pictures (0: all cores, as the
+    other ranks of a training wait meanwhile). Every world counts with one episode a round, so that short ones do not
+    count more.
     """
     num_envs = min(episodes, MOST_ENVS)
-    envs = PickEnv(num_envs, device, seed, plain(cfg), threads)
+    envs = PickEnv(num_envs, device, seed, plain(cfg), threads or num_cores())
     found = []
     while len(found) * num_envs < episodes:
         obs, _ = envs.reset()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils._pytree import tree_map
 
 from common import video
+from common.distributed import num_cores
 from common.envs import pick_eval
 from common.envs.pick import INSTRUCTIONS, PickEnv
 from common.envs.pick_eval import FILM_SIZE, MOST_ENVS
@@ -51,7 +52,7 @@ def make(args, num_envs: int, device, seed: int = 1, threads: int = 0) -> Vector
         return Chunks(env, {"wrist": "rgb", "state": "proprio"}, args.chunk, args.reward == "sparse")
     from common.envs.aloha import AlohaEnv
 
-    settings = {"task": "insertion" if args.env_id == "AlohaInsertion-v0" else "transfer_cube", "threads": threads}
+    settings = {"env_id": args.env_id, "threads": threads}
     settings |= {"obs_type": "pixels_agent_pos" if pictures else "state", "backend": args.backend}
     settings |= {"image_height": args.image_size, "image_width": args.image_size}
     settings |= {"reward": "sparse" if args.reward == "sparse" else "progress", "reward_gamma": args.reward_gamma}
@@ -168,10 +169,12 @@ def look_ahead(envs: Chunks, step_expert: Callable[[VectorEnv], torch.Tensor]) -
 
 
 def evaluate(policy: Policy, args, device, episodes: int, seed: int = SEED, threads: int = 0) -> dict:
-    """Success, return and length of `policy` in at least `episodes` fresh episodes; more of `Pick-v0`, see there."""
+    """Success, return and length of `policy` in at least `episodes` fresh episodes; more of `Pick-v0`, see there.
+    threads: 0: all cores.
+    """
     if args.env_id == "Pick-v0":
         return pick_eval.evaluate(policy, args, device, episodes, seed, threads)
-    envs = make(args, min(episodes, MOST_ENVS), device, seed, threads)
+    envs = make(args, min(episodes, MOST_ENVS), device, seed, threads or num_cores())
     found = []
     while len(found) * envs.num_envs < episodes:  # from a reset, since `Chunks` begins later episodes within a chunk
         obs, _ = envs.reset()
