@@ -10,7 +10,7 @@ docs/aloha.md says what it reached (benchmark/results/aloha.json), and why the d
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,6 @@ from common.provenance import run_info
 from common.storage import FinalObs, flatten, in_chunks, put, take, to, zeros
 
 SCRIPT = "ppo_aloha_cnn"
-TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 ENV_SETTINGS = tuple(AlohaConfig.__dataclass_fields__)
 SB3_NAMES = {"charts/episodic_return": "rollout/ep_rew_mean", "charts/episodic_length": "rollout/ep_len_mean"}
 LEARNS = dict(init_std=0.2, desired_kl=0.05, num_steps=128, num_minibatches=8, update_epochs=2, hidden=(256, 256, 256))
@@ -56,8 +55,6 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     preset: Literal["auto", *PRESETS] = "auto"
     """group of defaults; auto: gpu on a GPU, else fast; document: the recipe that this was made for, as it stands"""
     exp_name: str = SCRIPT  # name of the experiment
-    env_id: Literal[*TASKS] = "AlohaInsertion-v0"  # which of the two tasks
-    task: str = field(default="insertion", init=False)  # computed from env_id
     eval_backend: Literal["fast", "gym-aloha"] = "fast"  # environment of evaluations; the package's is slow
 
     bc_init: bool = False  # warm start: clone the scripted expert on the policy's own states (DAgger), then PPO
@@ -91,6 +88,8 @@ class Args(cli.RunArgs, AlohaConfig, dagger.DaggerConfig):
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critic
     init_std: float = 1.0  # initial standard deviation of continuous actions
     min_std: float = 0.01  # smallest standard deviation
+    encoder: Literal["nature", "impala"] = "nature"
+    """nature: three convolutions (Mnih et al. 2015); impala: residual blocks (Espeholt et al. 2018)"""
     embedding: int = 512  # width of what the encoder gives
     layer_norm: bool = False  # normalise the embedding and every hidden layer (Ba, Kiros and Hinton 2016), then ReLU
     grey: bool = False  # let the encoder see brightness alone
@@ -181,6 +180,18 @@ class NormReLU(nn.Module):
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).relu()
 
 
+class Residual(nn.Module):
+    """Features (batch, channels, height, width) plus what two convolutions make of them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        convolutions = [layer_init(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)]
+        self.layers = nn.Sequential(nn.ReLU(), convolutions[0], nn.ReLU(), convolutions[1])
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
 class Encoder(nn.Module):
     """Pictures, or a dict of them and joints, to one embedding (batch, width)."""
 
@@ -191,10 +202,17 @@ class Encoder(nn.Module):
         channels //= 3 if args.grey else 1
         frame = torch.zeros(1, channels, height, width)
         layers = []
-        for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
-            channels = width
-        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: the CNN of Nature, shared by actor and critic
+        if args.encoder == "nature":
+            for width, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+                layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
+                channels = width
+        else:
+            for width in (16, 32, 32):
+                layers += [layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, 2, 1)]
+                layers += [Residual(width), Residual(width)]
+                channels = width
+            layers.append(nn.ReLU())
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # detail 21: a CNN shared by actor and critic, Nature's
         flat = layer_init(nn.Linear(self.cnn(frame).shape[1], args.embedding))
         self.linear = nn.Sequential(flat, NormReLU() if args.layer_norm else nn.ReLU())
         self.width = args.embedding + (spaces["agent_pos"].shape[0] if "agent_pos" in spaces else 0)
@@ -287,8 +305,8 @@ class Agent(nn.Module):
         return action, *self.log_prob_and_entropy(dist, action), value, dist
 
     def forward(self, obs):
-        """The deterministic policy on raw observations, in float32: what is evaluated and exported."""
-        return self.actor(self.encoder(self.normalise(obs)))
+        """The deterministic policy on raw observations: what is evaluated and exported."""
+        return self.actor(self.encoder(self.normalise(obs)))  # in float32
 
 
 # === gae ===
@@ -471,9 +489,7 @@ def main(args: Args):
     interrupt = checkpoint.Interrupt()
     warm_start = {}
     if args.bc_init and not args.resume:  # a resumed run goes on with PPO
-        next_obs, warm_start = dagger.clone_expert(
-            agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt
-        )
+        next_obs, warm_start = dagger.clone_expert(agent, args, envs, expert, optimizer, next_obs, interrupt)
         own = {"envs": envs.state_dict(), "next_obs": next_obs}
         own |= {"next_start": next_start, "running_return": running_return}
         run.save(own, "model_0.pt")
@@ -655,7 +671,6 @@ def evaluate_checkpoint(args: Args):
 
 if __name__ == "__main__":
     args = checkpoint.parse_run_args(Args, SCRIPT, PRESETS, default_preset)
-    args.task = TASKS[args.env_id]  # tyro leaves the one of the defaults
     if not args.ranks:
         alone = args.device != "cpu" or args.eval_only
         args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)

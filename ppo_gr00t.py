@@ -8,9 +8,10 @@
 
 The action head is a flow: it integrates a velocity from noise to a chunk of actions in K steps. PPO needs the
 probability of what was drawn, so the integration is made a stochastic one with the same marginals (Flow-SDE, arXiv
-2510.25889), whose steps are Gaussian. docs/gr00t.md has the formula, what is exact about it, and what was measured:
-on one core a clone with 43% of success comes to 75% in 16 minutes by the flow, to 89% in 9 by the residual;
-the mlp to 100% in 3 (one seed each, benchmark/results/gr00t.json).
+2510.25889), whose steps are Gaussian; `step_stds` is its noise schedule. The task, its reward and its expert are in
+common/envs/pick*.py, what belongs to the model in common/gr00t*.py. docs/gr00t.md has the formula, what is exact about
+it, and what was measured: on one core a clone with 43% of success comes to 75% in 16 minutes by the flow, to 89% in 9
+by the residual; the mlp to 100% in 3 (one seed each, benchmark/results/gr00t.json).
 """
 
 import math
@@ -28,9 +29,10 @@ from common.cuda_graph import CudaGraph
 from common.demos import DemosConfig
 from common.envs.pick import ENV_SETTINGS, PickConfig
 from common.envs.vla import SENTENCES, evaluate, expert, make, record_video, report
+from common.evaluation import random_state_kept
 from common.files import tolerant, write_json
 from common.flat_adam import FlatAdam
-from common.gr00t_network import TUNE, Gr00tConfig, Network, stage_at, stages
+from common.gr00t_network import TUNE, Gr00tConfig, Network, parts_at, stages
 from common.logger import Logger, make_run_dir
 from common.meter import Meter, episode_metrics
 from common.provenance import run_info
@@ -38,21 +40,18 @@ from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, tak
 
 SCRIPT = "ppo_gr00t"
 # Every flag that differs from the defaults of Args, by group.
+TINY = dict(difficulty=0.0, max_episode_steps=56, reward="dense", gamma=0.92, demos=300, bc_steps=600, num_steps=32)
+TINY |= dict(num_iterations=150, critic_iterations=2, clip_vloss=False, log_interval=1, eval_interval=10)
 PRESETS = {
-    "laptop": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
-    | dict(demos=300, bc_steps=600, tune="dit", sde_steps="last", noise_level=0.5, noise_correlation=1.0)
-    | dict(reward="dense", gamma=0.92, learning_rate=6e-5, critic_learning_rate=2e-3, critic_iterations=2)
-    | dict(clip_vloss=False, log_interval=1, eval_interval=10),
+    "laptop": TINY
+    | dict(tune="dit", sde_steps="last", noise_correlation=1.0, learning_rate=6e-5, critic_learning_rate=2e-3),
+    "residual": TINY | dict(policy="gaussian-residual", residual_std=0.15, critic_learning_rate=1e-3),
     "mlp": dict(policy="mlp", observation="state", chunk=1, difficulty=0.0, max_episode_steps=64, reward="dense")
     | dict(num_envs=256, num_steps=32, num_iterations=100, num_minibatches=8, update_epochs=5, desired_kl=0.01)
-    | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, hidden=(128, 128), eval_interval=20),
-    "residual": dict(difficulty=0.0, max_episode_steps=56, num_envs=32, num_steps=32, num_iterations=150)
-    | dict(policy="gaussian-residual", demos=300, bc_steps=600, residual_std=0.15, reward="dense", gamma=0.92)
-    | dict(learning_rate=3e-4, critic_learning_rate=1e-3, critic_iterations=2, clip_vloss=False)
-    | dict(log_interval=1, eval_interval=10),
-    "gpu": dict(num_envs=64, num_steps=8, num_iterations=200, precision="bf16", tune="lora", bc_tune="head")
+    | dict(learning_rate=1e-3, gamma=0.93, gae_lambda=0.9, init_std=0.6, eval_interval=20),
+    "gpu": dict(num_envs=64, num_iterations=200, precision="bf16", tune="lora", bc_tune="head", chunk_size=32)
     | dict(learning_rate=5e-6, critic_learning_rate=1e-4, critic_iterations=2, critic_hidden=(2048, 1024, 512))
-    | dict(micro_batch_size=32, chunk_size=32),
+    | dict(micro_batch_size=32),
 }
 
 
@@ -72,7 +71,7 @@ class Args(cli.RunArgs, PickConfig, Gr00tConfig, DemosConfig):
     noise_correlation: float = 0.0
     """of the noise of a chunk's actions, independent of which averages out; 1: one noise for all of a chunk, whose mean
     alone has a probability then"""
-    min_std: float = 0.03  # smallest standard deviation of such a step, in units of a normalised action
+    min_std: float = 0.03  # smallest standard deviation of such a step or of a Gaussian policy (normalised actions)
     residual_std: float = 0.2  # initial standard deviation of a residual, in the same units
     bc_tune: Literal[*TUNE] = "all"  # what the warm start trains
     critic_iterations: int = 0  # iterations at the beginning in which the critic alone learns
@@ -178,6 +177,30 @@ def gaussian_kl(old_mean, old_std, mean, std):
 # === end gaussian ===
 
 
+# --- the noise of the flow. Any other schedule has the same marginals: the drift of `transition` follows from it.
+
+
+def step_stds(num_steps: int, noise_level: float, min_std: float) -> torch.Tensor:
+    """(num_steps,): sigma sqrt(dt) of the step from t to t + dt, in units of a normalised action. Here t = 0 is noise,
+    t = 1 the action, dt = 1 / num_steps, and sigma = noise_level sqrt((1 - t) / max(t, dt)).
+    """
+    t = torch.arange(num_steps) / num_steps
+    dt = 1 / num_steps
+    std = noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
+    return std.clamp(min=min_std) if noise_level else std
+
+
+def chunk_mix(horizon: int, chunk: int, correlation: float) -> torch.Tensor:
+    """(horizon, n), from n independent numbers to the noise of one action after the other. Those of the `chunk` that is
+    executed have this correlation; if it is 1, one number moves them all.
+    """
+    if correlation == 1:
+        return (torch.arange(horizon) < chunk).float()[:, None]
+    covariance = torch.eye(horizon)
+    covariance[:chunk, :chunk] += correlation * (1 - torch.eye(chunk))
+    return torch.linalg.cholesky(covariance)
+
+
 class FlowAgent(nn.Module):
     """GR00T as a policy with probabilities. An observation is what `encode` makes of the environment's: features that
     do not depend on what is trained, so that the update need not compute them again. Normalised actions are -1 to 1.
@@ -195,60 +218,47 @@ class FlowAgent(nn.Module):
         noisy = torch.zeros(net.horizon, net.width)
         net.executed(noisy).fill_(1)
         self.register_buffer("noisy", noisy)  # the part of the model's output that is executed, and gets noise
-        # The Flow-SDE's standard deviation at the step from t = k / K to t + 1 / K.
-        t = torch.arange(self.num_flow_steps) / self.num_flow_steps
-        dt = 1 / self.num_flow_steps
-        std = args.noise_level * ((1 - t) / t.clamp(min=dt) * dt).sqrt()
-        self.register_buffer("step_std", std.clamp(min=args.min_std) if args.noise_level else std)
-        # The noise of the actions one after the other is a mix of independent ones, or one for all of a chunk.
-        mix = torch.zeros(net.horizon, 1)
-        mix[: net.chunk] = 1
-        if args.noise_correlation < 1:
-            covariance = torch.eye(net.horizon)
-            covariance[: net.chunk, : net.chunk] += args.noise_correlation * (1 - torch.eye(net.chunk))
-            mix = torch.linalg.cholesky(covariance)
+        self.register_buffer("step_std", step_stds(net.num_flow_steps, args.noise_level, args.min_std))
+        mix = chunk_mix(net.horizon, net.chunk, args.noise_correlation)
         self.register_buffer("mix", mix)
+        # What of a chunk is independent: as many rows as actions or, where one noise moves them all, its mean. That
+        # alone has a density then.
         self.register_buffer("unmix", torch.linalg.pinv(mix[: net.chunk, : net.chunk]))
-
-    def set_trainable(self, parts):
-        self.network.set_trainable(parts)
-        self.critic.requires_grad_("critic" in parts)
-
-    def encode(self, obs):
-        return self.network.encode(obs)
-
-    def to_env(self, action, obs):
-        """What `sample` gives, as the environment takes it."""
-        return self.network.robot_action(action["action"])
 
     # --- the Flow-SDE
 
-    def transition(self, context, state, x, step, noise):
-        """Mean and std of x after the integration's `step` (batch,), with noise where `noise` (batch,) is 1.
+    def transition(self, context, state, x, step, std):
+        """Mean of x after the integration's `step` (batch,), with noise of `std` (batch,) = s sqrt(dt), or 0.
 
-        With x0 = x - t v, x1 = x + (1 - t) v and t' = t + dt it is x0 (1 - t' - s^2 dt / (2 (1 - t))) + x1 t', plus
-        s sqrt(dt) eps, where s^2 is a matrix if eps is correlated. Without noise that is x + dt v, Euler's step, and so
-        it is outside of what is executed.
+        With x0 = x - t v, x1 = x + (1 - t) v and t' = t + dt it is x0 (1 - t' - s^2 dt / (2 (1 - t))) + x1 t', where
+        s^2 is a matrix if the noise is correlated. Without noise that is x + dt v, Euler's step, and so it is outside
+        of what is executed.
         """
         K = self.num_flow_steps
         v = self.network.velocity(context, state, x, step * self.network.num_buckets // K)
         t = (step / K)[:, None, None]
-        std = (self.step_std[step] * noise)[:, None, None] * self.noisy
+        std = std[:, None, None] * self.noisy
         start, end = x - t * v, x + (1 - t) * v
         drift = std.square() / (2 * (1 - t)) * (self.mix @ (self.mix.T @ start))
-        mean = start * (1 - t - 1 / K) + end * (t + 1 / K) - drift
-        return mean, std
+        return start * (1 - t - 1 / K) + end * (t + 1 / K) - drift
 
     @torch.no_grad()
-    def integrate(self, context, state, x, noise):
-        """x (batch, horizon, width) at the K + 1 times, with noise in the steps where (batch, K) `noise` is 1."""
+    def integrate(self, context, state, x, std):
+        """x (batch, horizon, width) at the K + 1 times, with noise of `std` (batch, K) in the steps."""
         points = [x]
         for k in range(self.num_flow_steps):
             step = torch.full((len(x),), k, device=x.device)
-            mean, std = self.transition(context, state, points[-1], step, noise[:, k])
+            mean = self.transition(context, state, points[-1], step, std[:, k])
             drawn = torch.randn(len(x), self.mix.shape[1], x.shape[2], device=x.device)
-            points.append(mean + std * (self.mix @ drawn) if noise.any() else mean)
+            points.append(mean + std[:, k, None, None] * self.noisy * (self.mix @ drawn))
         return torch.stack(points, 1)
+
+    @torch.no_grad()
+    def flow_action(self, context, state):
+        """The model's own action, (batch, chunk, action_dim)."""
+        x = torch.randn(len(state), *self.noisy.shape, generator=self.generator).to(context.device)
+        without = torch.zeros(len(x), self.num_flow_steps, device=x.device)
+        return self.network.executed(self.integrate(context, state, x, without)[:, -1])
 
     def sample(self, obs):
         """A chunk to execute, `action`, and what its probability depends on: of each noisy `step` where it began, `x`,
@@ -262,8 +272,9 @@ class FlowAgent(nn.Module):
             step = torch.randint(K, (batch, 1), device=x.device)
         elif self.sde_steps == "last":  # of what an earlier noise does, the steps after it undo a part
             step = step[:, -1:]
-        noise = torch.zeros(batch, K, device=x.device).scatter_(1, step, 1.0)  # detail 23: Gaussian, in each such step
-        points = self.integrate(context, obs["state"], x, noise)
+        std = torch.zeros(batch, K, device=x.device)
+        std.scatter_(1, step, self.step_std[step])  # detail 23: Gaussian, in each such step
+        points = self.integrate(context, obs["state"], x, std)
         rows = torch.arange(batch, device=x.device)[:, None]
         drawn = {"step": step, "x": points[rows, step], "next": self.network.executed(points[rows, step + 1])}
         return drawn | {"action": self.network.executed(points[:, -1])}
@@ -273,23 +284,17 @@ class FlowAgent(nn.Module):
         std = self.step_std[action["step"]][..., None, None]
         log_mix = self.mix.diagonal()[: len(self.unmix), None].log()
         log_scale = (std.log() + log_mix + 0.5 * math.log(2 * math.pi)).expand_as(dist)
-        logprob = (-0.5 * (self.unmixed(action["next"] / std) - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
+        logprob = (-0.5 * (self.unmix @ (action["next"] / std) - dist).square() - log_scale).sum((1, 2, 3))  # detail 25
         return logprob, (log_scale + 0.5).sum((1, 2, 3))
-
-    def unmixed(self, x):
-        """What of (..., chunk, action_dim), in units of the std, is independent: as many rows, or where one noise moves
-        the whole chunk its mean, (..., 1, action_dim). That alone has a density then.
-        """
-        return self.unmix @ x
 
     def get_dist(self, context, obs, action):
         """Means of the noisy steps in units of their std, unmixed: (batch, steps, chunk or 1, action_dim)."""
         means = []
         for i in range(action["step"].shape[1]):
             step = action["step"][:, i]
-            noise = torch.ones_like(step, dtype=torch.float32)
-            mean, _ = self.transition(context, obs["state"], action["x"][:, i], step, noise)
-            means.append(self.unmixed(self.network.executed(mean) / self.step_std[step][:, None, None]))
+            std = self.step_std[step]
+            mean = self.transition(context, obs["state"], action["x"][:, i], step, std)
+            means.append(self.unmix @ (self.network.executed(mean) / std[:, None, None]))
         return torch.stack(means, 1)
 
     def kl(self, old_dist, old_std, dist):
@@ -297,6 +302,17 @@ class FlowAgent(nn.Module):
         return 0.5 * (dist - old_dist).square().sum((1, 2, 3))
 
     # --- what PPO asks of an agent
+
+    def set_trainable(self, parts):
+        self.network.set_trainable(parts)
+        self.critic.requires_grad_("critic" in parts)
+
+    def encode(self, obs):
+        return self.network.encode(obs)
+
+    def to_env(self, action, obs):
+        """What `sample` gives, as the environment takes it."""
+        return self.network.robot_action(action["action"])
 
     def get_value(self, obs):
         return self.critic(self.network.embedding(self.network.context(obs), obs)).squeeze(-1)
@@ -320,15 +336,8 @@ class FlowAgent(nn.Module):
     def clamp_std(self):
         pass
 
-    @torch.no_grad()
-    def flow_action(self, context, state):
-        """The model's own action, (batch, chunk, action_dim)."""
-        x = torch.randn(len(state), *self.noisy.shape, generator=self.generator).to(context.device)
-        no_noise = torch.zeros(len(x), self.num_flow_steps, device=x.device)
-        return self.network.executed(self.integrate(context, state, x, no_noise)[:, -1])
-
     def forward(self, obs):
-        """The deterministic policy on raw observations: what is evaluated, with a generator of its own."""
+        """The deterministic policy on raw observations: what is evaluated."""
         encoded = self.encode(obs)
         action = self.flow_action(self.network.context(encoded), encoded["state"])
         return self.network.robot_action(action)
@@ -344,15 +353,16 @@ class Agent(nn.Module):
         self.flow = flow
         self.action_shape = envs.single_action_space.shape
         n = math.prod(self.action_shape)
-        space, init_std = envs.single_observation_space, args.init_std
         if flow is None:
-            width = space.shape[0]
-            self.stats = RunningMeanStd(width, 1e-5) if args.norm_obs else None  # detail 28: observation normalisation
+            width = envs.single_observation_space.shape[0]
+            init_std = args.init_std
         else:
             flow.requires_grad_(False)
             width = flow.network.feature_dim + flow.network.state_dim + n
             n = flow.network.action_dim
-            self.stats, init_std = None, args.residual_std
+            init_std = args.residual_std
+        normalised = args.norm_obs and flow is None  # detail 28: observation normalisation
+        self.stats = RunningMeanStd(width, 1e-5) if normalised else None
         self.critic = mlp(width, args.hidden, 1, 1.0, activation=nn.ELU)
         self.actor = mlp(width, args.hidden, n, 0.01, activation=nn.ELU)  # detail 26: separate MLPs
         # detail 24: state-independent log-std, clamped, so it can neither vanish nor explode
@@ -507,9 +517,7 @@ def flow_matching_loss(flow: FlowAgent, obs, actions):
     from noise to data (Lipman et al. 2023, arXiv 2210.02747), of what is executed, at times drawn as GR00T's were.
     """
     net = flow.network
-    config = net.model.action_head.config
-    beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
-    t = ((config.noise_s - beta.sample((len(actions),))) / config.noise_s).to(actions.device)
+    t = net.training_times(len(actions)).to(actions.device)
     data = torch.zeros(len(actions), *flow.noisy.shape, device=actions.device)
     net.executed(data).copy_(actions)
     noise = torch.randn_like(data)
@@ -518,20 +526,29 @@ def flow_matching_loss(flow: FlowAgent, obs, actions):
     return net.executed(v - (data - noise)).square().mean()
 
 
-def clone_expert(flow, args, envs, interrupt):
-    """The warm start: demonstrations, their statistics, and --bc-steps of flow matching. Gives what was done."""
+def learn_task(flow, args, envs, interrupt) -> dict:
+    """The warm start, unless the model has learned the task: demonstrations, their statistics, and --bc-steps of flow
+    matching. Gives what was done.
+    """
+    net = flow.network
+    own_expert = expert(args, envs.device)
+    if not demos.wanted(net, args, envs, own_expert):
+        return {}
     start = time.time()
     number = math.ceil(args.demos / args.ranks)
-    data = to(demos.collect(envs, expert(args, envs.device), number, args.demo_noise, interrupt), envs.device)
-    flow.network.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
+    data = to(demos.collect(envs, own_expert, number, args.demo_noise, interrupt), envs.device)
+    net.set_ranges(**{name: distributed.mean(ends) for name, ends in demos.ranges(data).items()})
     flow.set_trainable(TUNE[args.bc_tune])
 
     def loss_of(minibatch):
-        actions = flow.network.normalise_action(minibatch["actions"])
-        return flow_matching_loss(flow, flow.encode(minibatch["obs"]), actions)
+        return flow_matching_loss(flow, flow.encode(minibatch["obs"]), net.normalise_action(minibatch["actions"]))
 
     demos.clone(loss_of, flow.parameters(), data, args, interrupt)
-    return {"demos": args.demos, "bc_steps": args.bc_steps, "warm_start_minutes": (time.time() - start) / 60}
+    minutes = (time.time() - start) / 60
+    if os.environ.get("RANK", "0") == "0":
+        with tolerant("the warm start", Path(args.log_dir)):
+            net.save(Path(args.log_dir) / "warm_start", args.env_id)
+    return {"demos": args.demos, "bc_steps": args.bc_steps, "warm_start_minutes": minutes}
 
 
 # === learning rate ===
@@ -556,50 +573,22 @@ def default_preset(args: Args) -> str:
 
 def check_args(args: Args):
     cli.check_ranges(args)
-    demos.check(args)
-    cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
     cli.check_compiler(args)
-    cli.check_flag(args, args.residual_std > 0, "residual_std", "a number above 0")
-    cli.check_flag(args, 0 <= args.noise_correlation <= 1, "noise_correlation", "a number from 0 to 1")
-    for name in ("noise_level", "critic_learning_rate", "micro_batch_size"):
-        cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
-    cli.check_flag(args, min(args.critic_hidden, default=0) > 0, "critic_hidden", "numbers above 0")
+    demos.check(args)
     gr00t_network.check_flags(args)
+    cli.check_flag(args, not args.demos or expert(args, "cpu"), "demos", f"0, as {args.env_id} has no scripted expert")
+    cli.check_flag(args, 0 <= args.noise_correlation <= 1, "noise_correlation", "a number from 0 to 1")
+    cli.check_flag(args, args.critic_learning_rate >= 0, "critic_learning_rate", "0 or a number above it")
     if args.policy == "mlp":
         cli.check_flag(args, args.min_std <= args.init_std, "min_std", "at most --init-std")
-        what = "state; --policy mlp sees no pictures"
-        cli.check_flag(args, args.observation == "state", "observation", what)
+        cli.check_flag(args, args.observation == "state", "observation", "state; --policy mlp sees no pictures")
     else:
-        gr00t_network.check_installed(args.policy)
-        cli.check_flag(args, args.observation == "images", "observation", f"images with --policy {args.policy}")
         cli.check_flag(args, args.noise_level > 0, "noise_level", "a number above 0, or PPO has nothing to weigh")
-        cli.check_flag(args, args.chunk > 1, "chunk", "2 or more with GR00T, whose actions are chunks")
-        cli.check(not args.compile and not args.cuda_graphs, "--compile and --cuda-graphs take --policy mlp")
     if os.environ.get("RANK", "0") == "0":
         try:
             make(args, 1, args.device, threads=1).close()
         except ValueError as error:
             cli.fail(str(error))
-
-
-def learn_task(flow, args, envs, interrupt) -> dict:
-    """Statistics of --model, and the warm start unless the model knows the task. Gives what was done."""
-    known = flow.network.read_ranges(args.model, args.embodiment)
-    if known.get("task") == args.env_id:
-        print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
-        return {}
-    if not known and expert(args, "cpu") is None:
-        flow.network.set_ranges(**demos.ranges(to(demos.wander(envs), envs.device)))
-        return {}
-    lacks = f"--model got {args.model!r}, which has no statistics of states and actions"
-    cli.check(known or args.demos, f"{lacks}; give --demos N, from which they are taken")
-    if not args.demos:
-        return {}
-    done = clone_expert(flow, args, envs, interrupt)
-    if os.environ.get("RANK", "0") == "0":
-        with tolerant("the warm start", Path(args.log_dir)):
-            flow.network.save(Path(args.log_dir) / "warm_start", args.env_id)
-    return done
 
 
 def main(args: Args):
@@ -622,12 +611,12 @@ def main(args: Args):
     critic_learning_rate = torch.tensor(args.critic_learning_rate, device=device)
     desired_kl = torch.tensor(args.desired_kl, device=device)
 
-    def make_optimizers():  # of what learns in this stage: one, or the critic's apart
-        learns = [p for p in agent.parameters() if p.requires_grad]
-        apart = {*agent.critic.parameters()} if args.critic_learning_rate else set()
-        of_policy = [p for p in learns if p not in apart]
-        of_critic = [p for p in learns if p in apart]
-        found = {"optimizer": (of_policy, learning_rate), "critic_optimizer": (of_critic, critic_learning_rate)}
+    def begin_stage(parts):  # in which these parts of GR00T learn: its optimiser, or with one apart for the critic
+        if flow:
+            flow.set_trainable(parts)
+        of_critic = [*agent.critic.parameters()] if args.critic_learning_rate else []
+        of_rest = [p for p in agent.parameters() if p.requires_grad and p not in {*of_critic}]
+        found = {"optimizer": (of_rest, learning_rate), "critic_optimizer": (of_critic, critic_learning_rate)}
         # detail 3: Adam's epsilon
         return {name: FlatAdam(params, rate, eps=1e-5) for name, (params, rate) in found.items() if params}
 
@@ -682,12 +671,9 @@ def main(args: Args):
         warm_start = learn_task(flow, args, envs, interrupt)
 
     # --- resume
-    parts_by_iteration = stages(args) if agent is flow else {0: []}
     reached = checkpoint.load(args.resume, SCRIPT)["iteration"] - 1 if args.resume else 0
-    stage = stage_at(parts_by_iteration, reached)
-    if flow:
-        flow.set_trainable(parts_by_iteration[stage])
-    optimizers = make_optimizers()
+    unfrozen = parts_at(args, reached)
+    optimizers = begin_stage(unfrozen)
     run = checkpoint.Run(SCRIPT, args, {"agent": agent} | optimizers, ENV_SETTINGS, envs.exact_resume)
     if run.own:
         envs.load_state_dict(run.own["envs"])
@@ -713,10 +699,9 @@ def main(args: Args):
 
     while run.iteration < num_iterations and not stopped:
         # --- unfreeze
-        if stage_at(parts_by_iteration, run.iteration) != stage:  # Adam begins anew
-            stage = stage_at(parts_by_iteration, run.iteration)
-            flow.set_trainable(parts_by_iteration[stage])
-            optimizers = make_optimizers()
+        if parts_at(args, run.iteration) != unfrozen:  # Adam begins anew
+            unfrozen = parts_at(args, run.iteration)
+            optimizers = begin_stage(unfrozen)
             run.learned = {"agent": agent} | optimizers
             learning_rate.fill_(args.learning_rate)
             next_obs = agent.encode(raw_obs)
@@ -824,7 +809,7 @@ def main(args: Args):
             logger.log({f"eval/{k}": v for k, v in result.items() if isinstance(v, float)}, run.global_step)
             run.keep_best(result["score"], name)
         if args.capture_video and run.iteration % args.video_interval == 0 and rank == 0:
-            with tolerant("the video", run.dir):
+            with tolerant("the video", run.dir), random_state_kept(device):
                 path = record_video(agent, args, run.dir / "videos" / f"model_{run.iteration}.mp4")
                 logger.video("videos/policy", path, run.global_step)
 
@@ -856,7 +841,8 @@ def run_evaluation(agent, args: Args, envs) -> dict:
     flow = getattr(agent, "flow", agent)
     if flow:
         flow.generator = torch.Generator().manual_seed(0)
-    result = evaluate(agent, args, envs.device, args.eval_episodes)
+    with random_state_kept(envs.device):
+        result = evaluate(agent, args, envs.device, args.eval_episodes)
     if flow:
         flow.generator = None
     return result | {"score": result["success_rate"] + 1e-4 * result["mean_return"]}

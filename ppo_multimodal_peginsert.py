@@ -233,12 +233,15 @@ class Agent(nn.Module):
     def clamp_std(self):  # beyond its limits it has no gradient, and could not come back
         self.actor_logstd.clamp_(self.logstd_limits[0], self.logstd_limits[1])
 
-    def get_value(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch,)
-        return self.critic(self.encoder(obs)).squeeze(-1)
+    def embed(self, obs):  # {name: (batch, ...)} or (batch, obs_dim) -> (batch, width)
+        return self.encoder(obs)
+
+    def get_value(self, obs):  # (batch,)
+        return self.critic(self.embed(obs)).squeeze(-1)
 
     def get_dist(self, obs):
         """The distribution of actions: means (batch, action_dim)."""
-        return self.actor(self.encoder(obs))
+        return self.actor(self.embed(obs))
 
     def sample(self, dist):
         return dist + self.std() * torch.randn_like(dist)  # detail 23: Gaussian actions
@@ -250,7 +253,7 @@ class Agent(nn.Module):
         return gaussian_kl(old_dist, old_std, dist, self.std())
 
     def get_action_and_value(self, obs, action=None):
-        embedding = self.encoder(obs)
+        embedding = self.embed(obs)
         dist = self.actor(embedding)
         value = self.critic(embedding).squeeze(-1)
         if action is None:

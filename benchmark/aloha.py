@@ -12,6 +12,7 @@ of the last seed's policy, for --eval-only. Results of tasks and seeds that were
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import tools
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 import ppo_aloha_cnn as ppo
 from common import checkpoint
-from common.envs.aloha import AlohaConfig, AlohaEnv
+from common.envs.aloha import TASKS, AlohaEnv
 from common.envs.aloha_demos import Curriculum
 from common.envs.aloha_eval import evaluate, plain
 
@@ -39,19 +40,13 @@ PICTURES = {
 def load_policy(path: Path) -> tuple[ppo.Agent, ppo.Args, dict]:
     """(deterministic policy, the settings of its run, the whole checkpoint)."""
     state = checkpoint.load(path, ppo.SCRIPT)
-    fields = {name: field for name, field in ppo.Args.__dataclass_fields__.items() if field.init}
+    fields = ppo.Args.__dataclass_fields__
     args = ppo.Args(**{name: value for name, value in state["args"].items() if name in fields})
-    args.task = ppo.TASKS[args.env_id]
     envs = AlohaEnv(1, "cpu", **plain(args))
     agent = ppo.Agent(envs, args)
     envs.close()
     agent.load_state_dict(state["agent"])
     return agent, args, state
-
-
-def environment(args: ppo.Args, **settings) -> AlohaConfig:
-    """The environment of a run, but for `settings`. `dataclasses.replace` would forget the task, which is no flag."""
-    return AlohaConfig(**plain(args) | settings)
 
 
 def measure(run_dir: Path, episodes: dict[str, int], before: dict) -> dict:
@@ -67,7 +62,7 @@ def measure(run_dir: Path, episodes: dict[str, int], before: dict) -> dict:
             if not count or (kind == "gym-aloha" and stage != "PPO"):  # a step of the package's takes 80 ms
                 continue
             backend, settings = PICTURES[kind]
-            result = evaluate(agent, environment(args, **settings), "cpu", count, backend, tools.EVAL_SEED)
+            result = evaluate(agent, replace(args, **settings), "cpu", count, backend, tools.EVAL_SEED)
             low, high = result["success_ci95"]
             print(f"  {stage}, {kind}: {result['success_rate']:.1%} ({low:.1%} to {high:.1%})", flush=True)
             found[stage][kind] = result
@@ -88,7 +83,7 @@ def measure_curriculum(run_dir: Path, episodes: int) -> dict:
     envs.close()
     curriculum.frontier = state["ranks"][0]["frontier"]
     rates = curriculum.measure(agent, args, episodes, "cpu")
-    result = evaluate(agent, environment(args, episode_steps=300), "cpu", episodes, "fast", tools.EVAL_SEED)
+    result = evaluate(agent, replace(args, episode_steps=300), "cpu", episodes, "fast", tools.EVAL_SEED)
     low, high = result["success_ci95"]
     print(f"  frontier {curriculum.frontier}: {rates}, fresh {result['success_rate']:.1%} ({low:.1%} to {high:.1%})")
     kept = {"global_step": state["global_step"], "iterations": state["iteration"], "wall_seconds": state["elapsed"]}
@@ -140,7 +135,7 @@ def plot(runs: dict, path: Path):
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--tasks", nargs="+", choices=list(ppo.TASKS), default=list(ppo.TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--episodes", type=int, default=256, help="in the fast environment; 0: none")
     parser.add_argument("--shadow-episodes", type=int, default=128, help="in the fast one with shadows; 0: none")
     parser.add_argument("--package-episodes", type=int, default=104, help="in the package's own; 0: none")
@@ -172,7 +167,7 @@ def main():
             tools.write(args, "aloha", args.seeds, None, began, figures)
             plot(figures["runs"], args.out / "aloha.png")
             if args.keep_policy:
-                keep_policy(run_dir, args.out / f"aloha_{ppo.TASKS[task]}.pt")
+                keep_policy(run_dir, args.out / f"aloha_{TASKS[task]}.pt")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tools
 import torch
 import torch.multiprocessing as multiprocessing
 
-from common.envs.aloha import STATE, AlohaConfig, AlohaEnv
+from common.envs.aloha import STATE, TASKS, AlohaConfig, AlohaEnv
 from common.envs.aloha_expert import Expert
 from common.files import write_json
 from common.provenance import run_info
@@ -91,8 +91,8 @@ def speed(num_envs: int, rounds: int) -> dict:
     return result
 
 
-def equality(task: str) -> dict:
-    fast, own = (AlohaEnv(8, obs_type="state", task=task, env_backend=b) for b in ("fast", "gym-aloha"))
+def equality(env_id: str) -> dict:
+    fast, own = (AlohaEnv(8, obs_type="state", env_id=env_id, env_backend=b) for b in ("fast", "gym-aloha"))
     fast.reset(seed=1), own.reset(seed=1)
     expert, random = Expert(fast.cfg), torch.Generator().manual_seed(0)
     largest, mismatches, levels = 0.0, 0, torch.zeros(5, dtype=torch.long)
@@ -106,7 +106,7 @@ def equality(task: str) -> dict:
         mismatches += int(differ.sum())
         levels += torch.bincount(ours[4]["episode"]["highest_level"].long()[ours[4]["_episode"]], minlength=5)
     result = {"largest_difference": largest, "mismatches": mismatches, "highest_levels": levels.tolist()}
-    print(task, result, flush=True)
+    print(env_id, result, flush=True)
     return result
 
 
@@ -141,8 +141,8 @@ def pictures() -> dict:
     return result
 
 
-def successes(task: str, starts: int, push: float = 0.0, noise: float = 0.0, wild: float = 0.0) -> dict:
-    env = AlohaEnv(starts, obs_type="state", task=task, env_backend="gym-aloha")
+def successes(env_id: str, starts: int, push: float = 0.0, noise: float = 0.0, wild: float = 0.0) -> dict:
+    env = AlohaEnv(starts, obs_type="state", env_id=env_id, env_backend="gym-aloha")
     env.reset(seed=tools.EVAL_SEED)
     expert, random = Expert(env.cfg), torch.Generator().manual_seed(0)
     level, length = torch.zeros(starts), torch.zeros(starts)
@@ -165,7 +165,7 @@ def successes(task: str, starts: int, push: float = 0.0, noise: float = 0.0, wil
     won = level == 4
     result = {"successes": int(won.sum()), "starts": starts, "mean_steps": length[won].mean().item()}
     result["highest_levels"] = torch.bincount(level.long(), minlength=5).tolist()
-    print(task, push, noise, wild, result, flush=True)
+    print(env_id, push, noise, wild, result, flush=True)
     return result
 
 
@@ -202,12 +202,12 @@ def main():
     figures = {"speed": rates, "goal": 1500, "load_average": load}
     ours, theirs = (rates[name]["steps_per_second"]["median"] for name in ("84 x 84", "gym-aloha"))
     figures["ratio"] = ours / theirs
-    figures["equality"] = {task: equality(task) for task in ("insertion", "transfer_cube")}
+    figures["equality"] = {task: equality(env_id) for env_id, task in TASKS.items()}
     figures["pictures"] = pictures()
     if args.starts:
         figures["expert"] = {
-            task: {name: successes(task, args.starts, **how) for name, how in DISTURBED.items()}
-            for task in ("insertion", "transfer_cube")
+            task: {name: successes(env_id, args.starts, **how) for name, how in DISTURBED.items()}
+            for env_id, task in TASKS.items()
         }
     else:
         figures["expert"] = tools.former(args, "aloha_env_speed", "expert")

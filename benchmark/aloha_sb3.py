@@ -26,7 +26,7 @@ import torch
 
 import ppo_aloha_cnn as ppo
 from common import cli
-from common.envs.aloha import AlohaConfig, AlohaEnv
+from common.envs.aloha import TASKS, AlohaConfig, AlohaEnv
 from common.files import write_json
 from common.meter import Meter, episode_metrics
 from common.storage import take
@@ -116,7 +116,7 @@ def train_sb3(args) -> dict:
 def environment(args) -> dict:
     """Settings of AlohaEnv: the preset's, with a small picture and one thread."""
     preset = {name: value for name, value in PRESET.items() if name in AlohaConfig.__dataclass_fields__}
-    return preset | {"task": ppo.TASKS[args.env_id], "threads": 1} | picture(args)
+    return preset | {"env_id": args.env_id, "threads": 1} | picture(args)
 
 
 def picture(args) -> dict:
@@ -145,7 +145,7 @@ def train_ours(args, run_dir: Path) -> dict:
 def main():
     parser = tools.parser(__doc__)
     parser.add_argument("--sb3", type=Path, help="folder of `pip install --target`, if it is not installed")
-    parser.add_argument("--env-id", choices=list(ppo.TASKS), default="AlohaInsertion-v0")
+    parser.add_argument("--env-id", choices=list(TASKS), default="AlohaInsertion-v0")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=4, help="the first is not timed")
     parser.add_argument("--num-steps", type=int, default=PRESET["num_steps"], help="per environment and iteration")

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import pick_env_speed
+import rsl_rl_peer
 import tools
 import torch
-from rsl_rl_config import runner_config
 
 import ppo_gr00t as ppo
 from common import cli
@@ -30,42 +30,15 @@ from common.envs.vla import make
 from common.files import write_json
 
 SIDES = ("ours", "rsl_rl", "rsl_rl_one_thread")
-RSL_RL = "rsl-rl-lib==5.5.1"
 
 
 def train_peer(flags: list[str], warm_up: int):
     """One run of rsl_rl, which leaves `summary.json` in --log-dir."""
-    rsl_rl_env, runners = cli.require("rsl_rl.env", RSL_RL), cli.require("rsl_rl.runners", RSL_RL)
-    TensorDict = cli.require("tensordict", "tensordict").TensorDict
     args = cli.parse_args(ppo.Args, ppo.PRESETS, "mlp", argv=flags)
-
-    class Adapter(rsl_rl_env.VecEnv):
-        """The environment as rsl_rl wants it: one observation group, time-outs in `extras`."""
-
-        def __init__(self):
-            self.env, self.cfg, self.device = make(args, args.num_envs, "cpu", args.seed), {}, "cpu"
-            self.num_envs, self.num_actions = args.num_envs, self.env.single_action_space.shape[0]
-            self.max_episode_length = args.max_episode_steps
-            self.obs, _ = self.env.reset(seed=args.seed, options={"random_phase": True})
-
-        @property
-        def episode_length_buf(self):
-            return self.env.episode_length
-
-        def get_observations(self):
-            return TensorDict({"policy": self.obs}, batch_size=[self.num_envs])
-
-        def step(self, actions):
-            self.obs, reward, terminated, truncated, _ = self.env.step(actions)
-            return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
-
     torch.manual_seed(args.seed)
-    runner = runners.OnPolicyRunner(Adapter(), runner_config(args), log_dir=None, device="cpu")
-    runner.learn(warm_up)
-    began = time.perf_counter()
-    runner.learn(args.num_iterations - warm_up)
-    seconds = time.perf_counter() - began
-    rate = (args.num_iterations - warm_up) * args.num_envs * args.num_steps / seconds
+    env = make(args, args.num_envs, "cpu", args.seed)
+    obs, _ = env.reset(seed=args.seed, options={"random_phase": True})
+    rate = rsl_rl_peer.train(rsl_rl_peer.make_runner(env, obs, args), args.num_iterations, warm_up)
     write_json(Path(args.log_dir) / "summary.json", {"SPS": rate, "torch_threads": torch.get_num_threads()})
 
 

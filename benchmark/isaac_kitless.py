@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from rsl_rl_config import runner_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rsl_rl_peer import runner_config
 
 from common.envs.isaac import make_env
 from common.envs.isaac_eval import evaluate

@@ -18,17 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+import rsl_rl_peer
 import torch
-from rsl_rl_config import runner_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_continuous_isaac as ppo
 from common import cli
 from common.files import write_json
 
 LEARNING_RATE, EPOCHS, MINIBATCHES, HIDDEN = 3e-4, 10, 32, (64, 64)
-RSL_RL, SB3 = "rsl-rl-lib==5.5.1", "--no-deps stable-baselines3==2.9.2 cloudpickle"
+SB3 = "--no-deps stable-baselines3==2.9.2 cloudpickle"
 
 # ppo_continuous_action.py is written for Gymnasium 0.29. What Gymnasium 1.x needs, and no more: (old, new, why).
 CLEANRL_PATCHES = (
@@ -105,35 +103,15 @@ def train_sb3(args) -> float:
 
 def train_rsl_rl(args) -> float:
     """Steps per second of rsl_rl's PPO on our vector environment."""
-    rsl_rl_env, runners = cli.require("rsl_rl.env", RSL_RL), cli.require("rsl_rl.runners", RSL_RL)
-    TensorDict = cli.require("tensordict", "tensordict").TensorDict
     from common.envs.gym_loop import GymnasiumEnv
 
-    class Adapter(rsl_rl_env.VecEnv):
-        def __init__(self):
-            self.env, self.cfg, self.device = GymnasiumEnv(args.env_id, args.num_envs), {}, "cpu"
-            self.num_envs, self.num_actions = args.num_envs, self.env.single_action_space.shape[0]
-            self.max_episode_length = self.env.spec.max_episode_steps
-            self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long)
-            self.obs, _ = self.env.reset(seed=args.seed)
-
-        def get_observations(self):
-            return TensorDict({"policy": self.obs}, batch_size=[self.num_envs])
-
-        def step(self, actions):
-            self.obs, reward, terminated, truncated, _ = self.env.step(actions)
-            return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
-
-    torch.manual_seed(args.seed)
     settings = {"hidden": HIDDEN, "num_steps": args.num_steps, "num_minibatches": MINIBATCHES, "update_epochs": EPOCHS}
     settings |= {"learning_rate": LEARNING_RATE, "clip_vloss": True, "init_std": 1.0}
-    config = runner_config(ppo.Args(**ppo.PRESETS["mujoco"] | settings))
-    runner = runners.OnPolicyRunner(Adapter(), config, log_dir=None, device="cpu")
-    runner.learn(args.warm_up)
-    began = time.perf_counter()
-    runner.learn(args.iterations - args.warm_up)
-    seconds = time.perf_counter() - began
-    return (args.iterations - args.warm_up) * args.num_envs * args.num_steps / seconds
+    torch.manual_seed(args.seed)
+    env = GymnasiumEnv(args.env_id, args.num_envs)
+    obs, _ = env.reset(seed=args.seed)
+    runner = rsl_rl_peer.make_runner(env, obs, ppo.Args(**ppo.PRESETS["mujoco"] | settings))
+    return rsl_rl_peer.train(runner, args.iterations, args.warm_up)
 
 
 def main():

@@ -17,44 +17,17 @@ ours keeps. What stays different:
 - its mixed precision is bfloat16 autocast of the update alone; ours covers the rollout too.
 """
 
-import sys
 import time
 from pathlib import Path
 
+import rsl_rl_peer
 import torch
-from rsl_rl_config import runner_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_go2_mujoco as ppo
 from common import cli, distributed
 from common.envs.go2 import Go2Env
 from common.files import write_json
 from common.provenance import peak_memory_mb
-
-rsl_rl_env = cli.require("rsl_rl.env", "rsl-rl-lib==5.5.1")
-runners = cli.require("rsl_rl.runners", "rsl-rl-lib==5.5.1")
-TensorDict = cli.require("tensordict", "tensordict").TensorDict
-
-
-class Adapter(rsl_rl_env.VecEnv):
-    """Go2Env as rsl_rl wants it: one observation group, time-outs in `extras`."""
-
-    def __init__(self, env: Go2Env, seed: int):
-        self.env, self.cfg, self.device = env, {}, env.device
-        self.num_envs, self.num_actions, self.max_episode_length = env.num_envs, 12, env.max_episode_length
-        self.obs, _ = env.reset(seed=seed, options={"random_phase": True})
-
-    @property
-    def episode_length_buf(self):
-        return self.env.episode_length
-
-    def get_observations(self):
-        return TensorDict({"policy": self.obs}, batch_size=[self.num_envs], device=self.device)
-
-    def step(self, actions):
-        self.obs, reward, terminated, truncated, _ = self.env.step(actions)
-        return self.get_observations(), reward, (terminated | truncated).long(), {"time_outs": truncated}
 
 
 def main():
@@ -65,8 +38,9 @@ def main():
         args.precision = "bfloat16" if distributed.has_bfloat16("cpu") else "float32"
     run_dir = Path(args.log_dir)
     torch.manual_seed(args.seed)
-    env = Adapter(Go2Env(args.num_envs, "cpu", args.seed, args), args.seed)
-    runner = runners.OnPolicyRunner(env, runner_config(args), log_dir=None, device="cpu")
+    env = Go2Env(args.num_envs, "cpu", args.seed, args)
+    obs, _ = env.reset(seed=args.seed, options={"random_phase": True})
+    runner = rsl_rl_peer.make_runner(env, obs, args)
     iterations = -(-args.total_timesteps // (args.num_envs * args.num_steps)) or args.num_iterations
     done, seconds, warm_up = 0, 0.0, None
     while done < iterations:

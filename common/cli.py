@@ -33,9 +33,9 @@ ALIASES = {
 }
 ABOVE_0 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate", "clip_coef", "max_grad_norm")
 ABOVE_0 += ("init_std", "min_std", "history", "lstm_size", "ranks", "log_interval", "checkpoint_interval")
-ABOVE_0 += ("video_interval", "eval_episodes", "chunk_size", "embedding")
+ABOVE_0 += ("video_interval", "eval_episodes", "chunk_size", "embedding", "residual_std")
 FROM_0 = ("num_iterations", "total_timesteps", "desired_kl", "final_kl", "target_kl", "vf_coef", "ent_coef")
-FROM_0 += ("eval_interval", "critic_iterations")
+FROM_0 += ("eval_interval", "critic_iterations", "micro_batch_size")
 # Of the flags that mean the same in every script: what they take, in words and as a condition. NaN is never in range.
 RANGES = (
     (ABOVE_0, "a number above 0", lambda value: value > 0),
@@ -43,7 +43,7 @@ RANGES = (
     (("seed",), "0 or a number above it, below 2**32", lambda value: 0 <= value < 2**32),
     (("gamma", "final_gamma"), "a number from 0 to below 1", lambda value: 0 <= value < 1),
     (("gae_lambda",), "a number from 0 to 1", lambda value: 0 <= value <= 1),
-    (("hidden",), "numbers above 0", lambda value: min(value, default=0) > 0),
+    (("hidden", "critic_hidden"), "numbers above 0", lambda value: min(value, default=0) > 0),
 )
 ALGORITHMS = ("ppo", "sac", "ddpg")  # sections of a YAML file that only the scripts of that algorithm read
 RUN_INFO = "run_info"  # key under which `args.yaml` holds commit, versions and hardware, which are no settings

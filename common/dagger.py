@@ -92,7 +92,7 @@ def pose_loss(agent, embedding, state):
     return (told - agent.critic[0](state)[:, -told.shape[1] :]).abs().mean()
 
 
-def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, interrupt):
+def clone_expert(agent, args, envs, expert, optimizer, next_obs, interrupt):
     """DAgger (Ross, Gordon and Bagnell 2011) for --bc-minutes: the expert labels every state that is visited, more and
     more of which are the policy's own. Gives the last observation and what was done.
 
@@ -120,7 +120,7 @@ def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, 
         share = args.bc_expert * (1 - 1.25 * progress)
         by_expert = torch.where(change, torch.rand(N, 1, device=device) < share, by_expert)
 
-        learning_rate.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
+        optimizer.lr.fill_(args.bc_learning_rate * (1 - 0.9 * progress))
         for _ in range(args.bc_updates):
             minibatch = replay.sample(max(1, args.bc_batch // args.ranks))
             minibatch_obs = agent.normalise(shifted(minibatch["obs"], args.random_shift))
@@ -142,7 +142,7 @@ def clone_expert(agent, args, envs, expert, optimizer, learning_rate, next_obs, 
             found = {name: round(value.item(), 4) for name, value in meter.means().items()}
             if os.environ.get("RANK", "0") == "0":
                 print(f"warm start, {minutes:.1f} min, {replay.count * args.ranks:,} frames: {found}", flush=True)
-    learning_rate.fill_(args.learning_rate)
+    optimizer.lr.fill_(args.learning_rate)
     for moment in optimizer.adam.state[optimizer.flat].values():  # else the first steps of PPO would still clone
         moment.zero_()
     return next_obs, {"warm_start_frames": replay.count * args.ranks, "warm_start_minutes": (time.time() - start) / 60}

@@ -34,6 +34,23 @@ def check(args: DemosConfig):
         cli.check_flag(args, getattr(args, name) >= 0, name, "0 or a number above it")
 
 
+def wanted(network, args, envs, expert) -> bool:
+    """Whether `expert` is to be cloned: with --demos, unless the model has learned the task.
+
+    `network` gets the ranges of states and actions that --model has or, without any and without an expert (None), those
+    of random steps.
+    """
+    known = network.read_ranges(args.model, args.embodiment)
+    if known.get("task") == args.env_id:
+        print(f"{args.model} has learned {args.env_id} already, so there is no warm start", flush=True)
+        return False
+    if not args.demos and not known:
+        lacks = f"--model got {args.model!r}, which has no statistics of states and actions"
+        cli.check(expert is None, f"{lacks}; give --demos N, from which they are taken")
+        network.set_ranges(**ranges(to(wander(envs), envs.device)))
+    return args.demos > 0
+
+
 def collect(envs, expert, number: int, noise: float = 0.0, interrupt=False) -> dict:
     """{"obs": what `envs` observes, "actions": (n, *action)} of `number` successful episodes, on the CPU.
 

@@ -1,5 +1,6 @@
 """What evaluations and films of a policy share: whole episodes, rates with their intervals, what is left of them."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from common.storage import to
 
 Policy = Callable[[torch.Tensor | dict], torch.Tensor]  # raw observations -> actions
 SEED = 10_000  # of evaluations, far from those of training
+
+
+def random_state_kept(device: torch.device) -> contextlib.AbstractContextManager:
+    """Behind it torch goes on with the random numbers that it had before: a training whose policy needs some in its
+    evaluations is the same without them, and resumes exactly from what it saved ahead of one.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @torch.no_grad()

@@ -39,17 +39,20 @@ class Gr00tConfig:
     memory_limit: float = 0.9  # share of a GPU's memory above which a warning is printed
 
 
-def check_flags(args: Gr00tConfig):
-    """The ranges of the model's flags."""
+def check_flags(args):
+    """The ranges of the model's flags and, unless `args.policy` is mlp, what else it needs: its packages, pictures and
+    chunks of actions.
+    """
     for name in ("lora_rank", "llm_layers", "memory_limit"):
         check_flag(args, getattr(args, name) > 0, name, "a number above 0")
     stages(args)
-
-
-def check_installed(policy: str):
-    """That GR00T's packages are."""
+    if args.policy == "mlp":
+        return
     absent = gr00t.missing()
-    check(not absent, f"--policy {policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+    check(not absent, f"--policy {args.policy} needs {absent}; {gr00t.INSTALL}, or take --policy mlp")
+    check_flag(args, args.observation == "images", "observation", f"images with --policy {args.policy}")
+    check_flag(args, args.chunk > 1, "chunk", "2 or more with GR00T, whose actions are chunks")
+    check(not args.compile and not args.cuda_graphs, "--compile and --cuda-graphs take --policy mlp")
 
 
 def stages(args: Gr00tConfig) -> dict[int, list[str]]:
@@ -66,9 +69,12 @@ def stages(args: Gr00tConfig) -> dict[int, list[str]]:
     return {at: [name for name in begins if begins[name] <= at] for at in sorted(set(begins.values()))}
 
 
-def stage_at(parts_by_iteration: dict[int, list[str]], iteration: int) -> int:
-    """The key of the stage that `iteration` belongs to."""
-    return max(at for at in parts_by_iteration if at <= max(0, iteration))
+def parts_at(args, iteration: int) -> list[str]:
+    """The parts that learn in `iteration`; none of a model that `args.policy` takes as it is."""
+    if args.policy != "gr00t":
+        return []
+    by_iteration = stages(args)
+    return by_iteration[max(at for at in by_iteration if at <= max(0, iteration))]
 
 
 class Network(nn.Module):
@@ -233,6 +239,12 @@ class Network(nn.Module):
         with self.autocast():
             state = self.model.action_head.state_encoder(obs["state"], torch.zeros_like(obs["instruction"]))[:, 0]
         return torch.cat((mean, state.float()), 1).detach()
+
+    def training_times(self, number: int) -> torch.Tensor:
+        """(number,) times of the flow, 0 to 1, drawn as in GR00T's own training: more often near the noise."""
+        config = self.model.action_head.config
+        beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
+        return (config.noise_s - beta.sample((number,))) / config.noise_s
 
     def velocity(self, context, state, x, time) -> torch.Tensor:
         """(batch, horizon, width) at x, of `time` (batch,) from 0, noise, to `num_buckets`, data."""

@@ -12,11 +12,10 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common import video
-from common.envs.aloha import START_POSE, AlohaConfig, AlohaEnv
+from common.envs.aloha import START_POSE, TASKS, AlohaConfig, AlohaEnv
 from common.physics import BatchedMujoco
 
 needs_gl = pytest.mark.skipif(video.find_gl() is None, reason=video.missing_gl_message())
-TASKS = ("insertion", "transfer_cube")
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +63,13 @@ def same(a, b) -> bool:
 # --- the package
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("env_id", TASKS)
 @pytest.mark.parametrize("mode", ["delta", "absolute"])
-def test_physics_and_rewards_are_the_packages(make, task, mode):
+def test_physics_and_rewards_are_the_packages(make, env_id, mode):
     """To the bit; the objects start between the fingers of arms that thrash about. benchmark/aloha_env_speed.py has the
     long one, with demonstrations.
     """
-    config = {"task": task, "action_mode": mode, "episode_steps": 40, "joint_step": 0.1, "gripper_step": 0.5}
+    config = {"env_id": env_id, "action_mode": mode, "episode_steps": 40, "joint_step": 0.1, "gripper_step": 0.5}
     fast, package = make(3, **config), make(3, env_backend="gym-aloha", **config)
     state = fast.get_state()
     tools = fast.physics.sensordata[:, -6:].view(-1, 2, 3).flip(1)  # right first, as the objects
@@ -101,7 +100,7 @@ def test_starts_are_the_packages(make):
             assert ends[0] <= x.min() < ends[0] + 0.005 and ends[1] - 0.005 < x.max() <= ends[1]
         assert (pose[:, 2:] == torch.tensor([0.05, 1, 0, 0, 0], dtype=torch.float64)).all()
     assert abs(np.corrcoef(peg[:, 0], socket[:, 0])[0, 1]) < 0.2
-    cube = make(500, task="transfer_cube").physics.qpos[:, 16:]
+    cube = make(500, env_id="AlohaTransferCube-v0").physics.qpos[:, 16:]
     assert 0 <= cube[:, 0].min() < 0.005 and 0.195 < cube[:, 0].max() <= 0.2 and cube.shape == (500, 7)
 
 
@@ -110,9 +109,9 @@ def test_pictures_of_the_package_are_its_own():
     """To the bit. In a process of its own: dm_control complains at its end when another has used EGL."""
     code = """
 import torch
-from common.envs.aloha import AlohaEnv
-for task in ("insertion", "transfer_cube"):
-    env = AlohaEnv(2, env_backend="gym-aloha", task=task, image_height=480, image_width=640, crop=(0, 0, 1, 1))
+from common.envs.aloha import TASKS, AlohaEnv
+for env_id in TASKS:
+    env = AlohaEnv(2, env_backend="gym-aloha", env_id=env_id, image_height=480, image_width=640, crop=(0, 0, 1, 1))
     env.reset(seed=1)
     obs = env.step(torch.randn(2, 14))[0]
     theirs = torch.stack([torch.from_numpy(e.render().copy()) for e in env.package.envs])
@@ -126,19 +125,19 @@ print("same")
 
 
 @needs_gl
-@pytest.mark.parametrize("task", TASKS)
-def test_fast_pictures_are_close(make, task):
-    fast = make(3, task=task, obs_type="pixels")
-    smooth = make(3, task=task, obs_type="pixels", samples=4, shadows=True)
-    large = make(3, task=task, obs_type="pixels", supersample=2, shadows=True)
-    package = make(3, task=task, obs_type="pixels", env_backend="gym-aloha")
+@pytest.mark.parametrize("env_id", TASKS)
+def test_fast_pictures_are_close(make, env_id):
+    fast = make(3, env_id=env_id, obs_type="pixels")
+    smooth = make(3, env_id=env_id, obs_type="pixels", samples=4, shadows=True)
+    large = make(3, env_id=env_id, obs_type="pixels", supersample=2, shadows=True)
+    package = make(3, env_id=env_id, obs_type="pixels", env_backend="gym-aloha")
     for action in actions(5, 3):
         envs = (fast, smooth, large, package)
         pictures, smoother, averaged, theirs = (env.step(action)[0].float() for env in envs)
     assert (pictures - theirs).abs().mean() < 4.5  # of 255; the shadows are 2 of it
     assert (smoother - theirs).abs().mean() < 1.5
     assert (averaged - theirs).abs().mean() < 1.6
-    for colour in (0, 2) if task == "insertion" else (0,):  # the peg or cube is red, the socket blue
+    for colour in (0, 2) if TASKS[env_id] == "insertion" else (0,):  # the peg or cube is red, the socket blue
         rest = [c for c in range(3) if c != colour]
         seen = [p[..., colour] > p[..., rest].amax(-1) + 60 for p in (pictures, theirs)]
         assert torch.allclose(*(s.sum((1, 2)).float() for s in seen), rtol=0.2)
@@ -177,7 +176,7 @@ def test_observation_spaces(make):
     obs = env.step(torch.zeros(2, 14))[0]
     assert env.observation_space.contains({name: value.numpy() for name, value in obs.items()})
     assert obs["pixels"].shape == (2, 60, 80, 3) and obs["agent_pos"].shape == (2, 14)
-    assert make(task="transfer_cube").single_observation_space.shape == (49,)
+    assert make(env_id="AlohaTransferCube-v0").single_observation_space.shape == (49,)
 
 
 def test_joints_are_in_the_packages_units(make):
@@ -290,7 +289,7 @@ def test_levels(make):
     for names, level in cases.items():
         touch(env, *names)
         assert env._read_level().tolist() == [level] * 2, names
-    env = make(task="transfer_cube")
+    env = make(env_id="AlohaTransferCube-v0")
     cases = {("right_cube", "cube_table"): 1, ("right_cube",): 2, ("left_cube", "cube_table"): 3, ("left_cube",): 4}
     for names, level in cases.items():
         touch(env, *names)
@@ -535,7 +534,7 @@ def test_returned_pictures_are_never_overwritten(make):
 
 
 def test_registration():
-    for name, task in (("AlohaInsertion-v0", "insertion"), ("AlohaTransferCube-v0", "transfer_cube")):
+    for name, task in TASKS.items():
         env = gym.make_vec(name, num_envs=3, obs_type="state")
         assert env.unwrapped.cfg.task == task and env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
         env.reset(seed=1)
@@ -547,7 +546,7 @@ def test_registration():
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"task": "hang"}, "--task takes one of insertion, transfer_cube, got 'hang'"),
+        ({"env_id": "hang"}, "--env-id takes one of AlohaInsertion-v0, AlohaTransferCube-v0, got 'hang'"),
         ({"env_backend": "slow"}, "--env-backend takes one of fast, gym-aloha"),
         (
             {"env_backend": "gym-aloha", "device": "cuda"},

@@ -4,10 +4,8 @@ import mujoco
 import pytest
 import torch
 
-from common.envs.aloha import AlohaEnv, build_model
+from common.envs.aloha import TASKS, AlohaEnv, build_model
 from common.envs.aloha_expert import Expert, forward_kinematics, inverse_kinematics
-
-TASKS = ("insertion", "transfer_cube")
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +60,17 @@ def test_inverse_kinematics():
     assert torch.isfinite(far).all() and reached[0] > 0.7 and reached[1].abs() < 1e-6
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_it_succeeds_in_the_package(task):
+@pytest.mark.parametrize("env_id", TASKS)
+def test_it_succeeds_in_the_package(env_id):
     """benchmark/aloha_env_speed.py counts more starts."""
-    env = make(12, task=task, env_backend="gym-aloha")
+    env = make(12, env_id=env_id, env_backend="gym-aloha")
     success, length = play(env, Expert(env.cfg))
     assert success.all() and length.max() < 200
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_absolute_actions(task):
-    delta, absolute = make(3, task=task), make(3, task=task, action_mode="absolute")
+@pytest.mark.parametrize("env_id", TASKS)
+def test_absolute_actions(env_id):
+    delta, absolute = make(3, env_id=env_id), make(3, env_id=env_id, action_mode="absolute")
     expert, other = Expert(delta.cfg), Expert(absolute.cfg)
     for _ in range(20):
         action, target = expert(delta), other(absolute)
@@ -95,12 +93,12 @@ def test_it_needs_the_present_state_only():
     torch.testing.assert_close(Expert(env.cfg).action(*(s[[2, 0]] for s in states)), action[[2, 0]])
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_it_recovers(task):
+@pytest.mark.parametrize("env_id", TASKS)
+def test_it_recovers(env_id):
     """Objects are pushed and, for 15 steps, arms do something random, so that things are missed and dropped. The same
     actions without looking, which succeed when nothing happens, fail.
     """
-    calm = make(8, task=task)
+    calm = make(8, env_id=env_id)
     expert, script = Expert(calm.cfg), []
 
     def remember(env):
@@ -110,7 +108,7 @@ def test_it_recovers(task):
     assert play(calm, remember)[0].all()
     outcomes = {}
     for name in ("looking", "blind"):
-        env = make(8, task=task, episode_steps=400)
+        env = make(8, env_id=env_id, episode_steps=400)
         generator = torch.Generator().manual_seed(0)
         wild = torch.randn(8, 14, generator=generator)
 

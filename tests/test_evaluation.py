@@ -62,3 +62,15 @@ def test_where_nothing_draws_one_sentence_says_so(monkeypatch, capsys, gl):
 def test_the_device_of_a_policy():
     assert evaluation.device_of(torch.nn.Linear(1, 1, device="meta")).type == "meta"
     assert evaluation.device_of(torch.nn.Identity()) == evaluation.device_of(lambda obs: obs) == "cpu"
+
+
+def test_what_an_evaluation_draws_changes_nothing_that_is_drawn_later():
+    torch.manual_seed(1)
+    torch.rand(3)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    torch.rand(3)
+    with evaluation.random_state_kept(torch.device("cpu")):
+        assert torch.equal(torch.rand(3), expected)  # it goes on from where it was
+        torch.rand(5)
+    assert torch.equal(torch.rand(3), expected)

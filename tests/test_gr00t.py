@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 from transformers.feature_extraction_utils import BatchFeature
 
 import ppo_gr00t
-from common import gr00t
+from common import demos, gr00t
 from common.flat_adam import FlatAdam
 
 PICTURES = Box(0, 255, (56, 56, 3), np.uint8)
@@ -185,8 +185,8 @@ def test_what_is_drawn_has_the_mean_and_std_that_its_probability_says():
         action = agent.sample(obs)
         context = agent.network.context(obs)
         for k in range(4):
-            ones = torch.ones(4000)
-            mean, _ = agent.transition(context, obs["state"], action["x"][:, k], action["step"][:, k], ones)
+            std = agent.step_std[k].expand(4000)
+            mean = agent.transition(context, obs["state"], action["x"][:, k], action["step"][:, k], std)
             z = (action["next"][:, k] - agent.network.executed(mean)) / agent.step_std[k]
             assert z.mean().abs() < 0.03 and abs(z.std() - 1) < 0.03
             assert abs((z[:, 0] * z[:, 1]).mean() - 0.6) < 0.03 and abs((z[..., 0] * z[..., 1]).mean()) < 0.03
@@ -201,7 +201,8 @@ def test_one_noise_moves_a_whole_chunk():
     with torch.no_grad():
         action = agent.sample(obs)
         context = agent.network.context(obs)
-        mean, _ = agent.transition(context, obs["state"], action["x"][:, 0], action["step"][:, 0], torch.ones(BATCH))
+        std = agent.step_std[3].expand(BATCH)
+        mean = agent.transition(context, obs["state"], action["x"][:, 0], action["step"][:, 0], std)
     z = (action["next"][:, 0] - agent.network.executed(mean)) / agent.step_std[3]
     assert z.std() > 0.5
     torch.testing.assert_close(z, z[:, :1].expand_as(z), atol=1e-4, rtol=0)
@@ -544,7 +545,8 @@ def test_mistakes_cost_one_sentence(capsys, tmp_path, monkeypatch):
     (tmp_path / "eagle" / "config.json").write_text("{}")
     assert "cannot be read" in sentence(capsys, lambda: gr00t.load(str(tmp_path)))
     agent, args = make()
-    assert "--demos" in sentence(capsys, lambda: ppo_gr00t.learn_task(agent, args, None, False))
+    expert = ppo_gr00t.expert(args, "cpu")
+    assert "--demos" in sentence(capsys, lambda: demos.wanted(agent.network, args, None, expert))
     wrong = torch.zeros(2, 3)
     assert "statistics of 3" in sentence(capsys, lambda: agent.network.set_ranges(wrong, wrong))
     bad = ppo_gr00t.Args(unfreeze_schedule=("critic:0", "legs:3"))

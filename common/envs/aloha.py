@@ -35,6 +35,7 @@ SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
 TOOL = (0.135, 0.0, 0.0)  # m from gripper_link: between the fingertips
 ARMS = ("left", "right")
 
+TASKS = {"AlohaInsertion-v0": "insertion", "AlohaTransferCube-v0": "transfer_cube"}
 FAST_SHADOWS = 512  # pixels a side of the fast backend's shadow map; the package's have 4096
 MAX_POSITION, MAX_VELOCITY = 1e3, 1e4  # m or rad, and per s: beyond these the simulation has diverged
 NEAR = 0.1  # m, the distance at which the progress reward's terms of distance have lost three quarters
@@ -44,8 +45,8 @@ NEAR = 0.1  # m, the distance at which the progress reward's terms of distance h
 class AlohaConfig:
     """The environment's flags."""
 
-    task: Literal["insertion", "transfer_cube"] = "insertion"
-    """insertion: peg into socket; transfer_cube: the right arm hands a cube to the left one"""
+    env_id: Literal[*TASKS] = "AlohaInsertion-v0"
+    """insertion: peg into socket; transfer: the right arm hands a cube to the left one"""
     env_backend: Literal["fast", "gym-aloha"] = "fast"
     """fast: the package's scene, batched, drawn small; gym-aloha: the package's own environments and pictures"""
     backend: Literal["auto", "mujoco", "warp"] = "auto"
@@ -84,6 +85,11 @@ class AlohaConfig:
     """the learner's discount factor, by which the progress reward leaves the best policy unchanged"""
     episode_steps: int = 300
     """time limit of an episode (control steps of 0.02 s)"""
+
+    @property
+    def task(self) -> str:
+        """The package's name of the task."""
+        return TASKS[self.env_id]
 
 
 def build_model(task: str) -> mujoco.MjModel:
@@ -555,5 +561,5 @@ class _Package:
             env._env.physics.forward()
 
 
-for _name, _task in (("AlohaInsertion-v0", "insertion"), ("AlohaTransferCube-v0", "transfer_cube")):
-    gym.register(_name, vector_entry_point="common.envs.aloha:AlohaEnv", kwargs={"task": _task})
+for _name in TASKS:
+    gym.register(_name, vector_entry_point="common.envs.aloha:AlohaEnv", kwargs={"env_id": _name})

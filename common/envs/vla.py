@@ -52,7 +52,7 @@ def make(args, num_envs: int, device, seed: int = 1, threads: int = 0) -> Vector
         return Chunks(env, {"wrist": "rgb", "state": "proprio"}, args.chunk, args.reward == "sparse")
     from common.envs.aloha import AlohaEnv
 
-    settings = {"task": "insertion" if args.env_id == "AlohaInsertion-v0" else "transfer_cube", "threads": threads}
+    settings = {"env_id": args.env_id, "threads": threads}
     settings |= {"obs_type": "pixels_agent_pos" if pictures else "state", "backend": args.backend}
     settings |= {"image_height": args.image_size, "image_width": args.image_size}
     settings |= {"reward": "sparse" if args.reward == "sparse" else "progress", "reward_gamma": args.reward_gamma}
