@@ -220,6 +220,7 @@ def test_a_state_that_is_not_finite_is_reset():
         ({"objects": ("bunny",), "object_size": (3.0, 3.0)}, "bunny is .* cm high as it stands"),
         ({"objects": ("box",), "object_size": (2.4, 2.4)}, "box is 9.6 cm wide where the hand would grasp it"),
         ({"dropout": 1.0}, "--dropout takes a number from 0 to 0.99"),
+        ({"reward_file": "notes.txt"}, "--reward-file takes a Python file, which ends in .py, got notes.txt"),
         ({"reward_file": "missing.py"}, "--reward-file missing.py gives no function `reward`: FileNotFoundError"),
         ({"backend": "gpu"}, "--backend"),
         ({"colour_of_tea": 1}, "no setting colour_of_tea"),
@@ -392,7 +393,7 @@ def test_a_reward_file_takes_tensors_by_name(tmp_path):
         make(reward_file=str(tmp_path / "mine.py"))
     (tmp_path / "mine.py").write_text("def reward(tcp):\n    return tcp\n")
     with pytest.raises(ValueError, match=r"gave shape \(2, 3\), not \(2,\)"):
-        make(reward_file=str(tmp_path / "mine.py")).step(torch.zeros(2, 9))
+        make(reward_file=str(tmp_path / "mine.py"))
 
 
 def test_a_subclass_of_three_lines():

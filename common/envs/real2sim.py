@@ -144,6 +144,7 @@ class Real2SimEnv(VectorEnv):
         self._reset(self._everyone)
         self._read_state()
         self.single_observation_space = _space(self.observe())
+        self.reward(self._terms())  # a reward file's mistakes are found before training
         self.generator.manual_seed(seed)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (9,))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
