@@ -444,7 +444,8 @@ def make(args: Args, num_envs: int, seed: int, **more):
     try:
         return make_env(args.env_id, num_envs, args.device, seed, **settings, **more)
     except ValueError as error:
-        drop_run_dir(args.log_dir)
+        if not args.eval_only:
+            drop_run_dir(args.log_dir)
         cli.fail(str(error))
 
 
@@ -744,7 +745,9 @@ if __name__ == "__main__":
         # Ranks meet at every update, which costs about a millisecond: they pay where updates are far apart.
         steps_per_update = args.num_envs * args.num_steps / max(1, args.update_epochs * args.num_minibatches)
         alone = args.device != "cpu" or args.eval_only or not is_gymnasium(args) or steps_per_update < 100
-        args.ranks = 1 if alone else distributed.even_ranks(args.num_envs)
+        args.ranks = (
+            1 if alone else distributed.even_ranks(args.num_envs // (max(1, args.num_minibatches) if args.lstm else 1))
+        )
     check_args(args)
     if args.eval_only:
         evaluate_checkpoint(args)

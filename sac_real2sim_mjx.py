@@ -43,7 +43,7 @@ PRESETS = {
     "laptop": dict(observation="full", eval_interval=100, eval_episodes=256, checkpoint_interval=100),
     "gpu": dict(observation="full", num_envs=4096, batch_size=8192, tau=0.1, hidden=(512, 256, 128))
     | dict(distributional=True, buffer_size=4_194_304, save_replay=False, total_timesteps=50_000_000)
-    | dict(learning_starts=40_960, checkpoint_interval=100),
+    | dict(learning_starts=40_960, checkpoint_interval=100, v_min=-10, v_max=10),  # at most 1 / (1 - gamma)
     # CleanRL's sac_continuous_action.py, but an update of the actor per step where it makes two every second step.
     "gymnasium": dict(num_envs=1, num_steps=64, total_timesteps=1_000_000, buffer_size=1_000_000, save_replay=False)
     | dict(learning_starts=5000, updates_per_step=1, batch_size=256, gamma=0.99, n_step=1, tau=0.005)

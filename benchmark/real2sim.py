@@ -13,7 +13,7 @@ counted. Unknown flags go to the scripts. Results of algorithms and seeds that w
 Success: the object is at the goal when the episode's time is up. With --per-object the last policy also meets each of
 the examples alone, those it was not trained on as well, and the box as a cloud of 20,000 noisy points. `sac_scans`
 and `ppo_scans` train with three of the examples at once; with --resume or --model-path they go on from a run with the
-box. `ppo_place` sets the box down elsewhere.
+box. `ppo_place` sets the box down elsewhere, and goes on from a run that holds it; `ppo_place_on` goes on from that.
 
 The peer is CleanRL's own script at its own settings with 8 environments, which are one batch of our worlds;
 real2sim_peer.py lists the patches. It trains for `--minutes`, and its policies are evaluated afterwards, for nothing.
@@ -43,15 +43,19 @@ from common.provenance import ROOT
 
 # What the plot compares; scans, place and compact are other tasks.
 COLOURS = {"sac": "tab:blue", "sac_gamma_0.97": "lightsteelblue", "ppo": "tab:orange", "ddpg": "tab:green"}
-COLOURS |= {"cleanrl": "tab:red"}
+COLOURS |= {"ddpg_gamma_0.9": "lightgreen", "cleanrl": "tab:red"}
 LABELS = {"sac": "SAC", "sac_gamma_0.97": "SAC, gamma 0.97", "ppo": "PPO", "ddpg": "DDPG", "cleanrl": "CleanRL's SAC"}
+LABELS |= {"ddpg_gamma_0.9": "DDPG, gamma 0.9"}
 # {name: (script, flags beside its preset's)}
 ALGORITHMS = {name: (f"{name}_real2sim_mjx", []) for name in ("sac", "ppo", "ddpg")}
 SCANS = ["--objects", "box", "mug", "bunny"]
 ALGORITHMS["sac_scans"] = ("sac_real2sim_mjx", SCANS)
 ALGORITHMS["ppo_scans"] = ("ppo_real2sim_mjx", [*SCANS, "--held-out", "bottle"])
-ALGORITHMS["ppo_place"] = ("ppo_real2sim_mjx", ["--task", "place"])
+ALGORITHMS["ppo_place"] = ("ppo_real2sim_mjx", ["--task", "place", "--num-iterations", 220])
+ALGORITHMS["ppo_place_on"] = ("ppo_real2sim_mjx", ["--task", "place", "--num-iterations", 60, "--learning-rate", 2e-4])
 ALGORITHMS["sac_gamma_0.97"] = ("sac_real2sim_mjx", ["--gamma", 0.97])
+ALGORITHMS["ddpg_gamma_0.9"] = ("ddpg_real2sim_mjx", ["--gamma", 0.9])
+ALGORITHMS["ddpg_anneal"] = ("ddpg_real2sim_mjx", ["--gamma", 0.9, "--anneal-lr"])
 ALGORITHMS["sac_compact"] = ("sac_real2sim_mjx", ["--observation", "compact"])
 PEER = "cleanrl"
 PEER_ENVS = 8

@@ -24,7 +24,11 @@ $PY benchmark/pick_env_speed.py                                      # 4 min
 $PY benchmark/real2sim.py --algorithms ppo ddpg --seeds 1
 PPO_RUN=$(ls -d runs/benchmark/real2sim-*/ppo_1 | tail -1)
 $PY benchmark/real2sim.py --algorithms ppo_scans --seeds 1 --per-object --model-path "$PPO_RUN"
-$PY benchmark/real2sim.py --algorithms ppo_place --seeds 1
+$PY benchmark/real2sim.py --algorithms ppo_place --seeds 1 --model-path "$PPO_RUN"    # goes on from holding
+PLACE_RUN=$(ls -d runs/benchmark/real2sim-*/ppo_place_1 | tail -1)
+$PY benchmark/real2sim.py --algorithms ppo_place_on --seeds 1 --model-path "$PLACE_RUN"
+$PY benchmark/real2sim.py --algorithms ddpg_gamma_0.9 --seeds 1 --eval-interval 50 --total-timesteps 487424
+$PY benchmark/real2sim.py --algorithms ddpg_anneal --seeds 1 --eval-interval 50
 $PY benchmark/real2sim_env_speed.py --engines mujoco
 SAC_RUN=$(ls -d runs/benchmark/real2sim-*/sac_2 | tail -1)           # three scans, from a policy that knows the box
 $PY benchmark/real2sim.py --algorithms sac_scans --seeds 1 --per-object --resume "$SAC_RUN" --learning-starts 50000 \
@@ -48,8 +52,8 @@ $PY benchmark/go2_transfer.py --seeds 7 --impratio 1                 # 18 min
 # folder of `pip install --no-deps --target FOLDER stable-baselines3==2.9.2 cloudpickle`. Without them they are left out.
 $PY benchmark/isaac_small.py --seeds 1 2 3                           # 15 min
 $PY benchmark/isaac_speed.py ${CLEANRL:+--cleanrl "$CLEANRL"} ${SB3:+--sb3 "$SB3"}                    # 60 min
-[ -z "$CLEANRL" ] || $PY benchmark/real2sim.py --algorithms cleanrl --minutes 8.5 \
-    --cleanrl "$(dirname "$CLEANRL")/sac_continuous_action.py"       # in a copy of CleanRL's repository, 11 min
+[ -z "$CLEANRL" ] || $PY benchmark/real2sim.py --algorithms cleanrl --minutes 5.6 \
+    --cleanrl "$(dirname "$CLEANRL")/sac_continuous_action.py"       # in a copy of CleanRL's repository, 7 min
 $PY benchmark/gym_mujoco.py --seeds 1 2 3 --headline-seeds 1 2 3 4 5 ${CLEANRL:+--cleanrl "$CLEANRL"} # 4 h
 if [ -n "$ISAAC_PYTHON" ]; then  # the Python of an environment with Isaac Lab 3.x, docs/isaac.md
     $ISAAC_PYTHON benchmark/isaac_kitless.py --seeds 1 2 3           # 10 min

@@ -172,7 +172,7 @@ def make_run_dir(args, env_name: str) -> Path:
     """
     if args.log_dir:
         run_dir = Path(args.log_dir)
-        if not args.resume and any(run_dir.glob("checkpoints/*.pt")):
+        if not args.resume and any(run_dir.glob("checkpoints/[!.]*.pt")):
             fail(
                 f"--log-dir got {args.log_dir!r}, which holds another run; it takes a new folder, and --resume that run"
             )

@@ -220,6 +220,7 @@ def test_a_state_that_is_not_finite_is_reset():
         ({"objects": ("bunny",), "object_size": (3.0, 3.0)}, "bunny is .* cm high as it stands"),
         ({"objects": ("box",), "object_size": (2.4, 2.4)}, "box is 9.6 cm wide where the hand would grasp it"),
         ({"dropout": 1.0}, "--dropout takes a number from 0 to 0.99"),
+        ({"reward_file": "notes.txt"}, "--reward-file takes a Python file, which ends in .py, got notes.txt"),
         ({"reward_file": "missing.py"}, "--reward-file missing.py gives no function `reward`: FileNotFoundError"),
         ({"backend": "gpu"}, "--backend"),
         ({"colour_of_tea": 1}, "no setting colour_of_tea"),
@@ -273,6 +274,10 @@ def test_placing_is_possible_and_pays_more_than_holding():
     won = info["episode"]["success"] == 1
     assert won.float().mean() > 0.9 and info["episode"]["lifted"].mean() > 0.9
     assert (rewards[-1][won] > rewards[163][won] + 0.1).all() and rewards[-1][won].min() > 0.9
+    discounts = 0.9 ** torch.arange(35.0)[:, None]  # as PPO's
+    let_go = (discounts * torch.stack(rewards[165:])).sum(0)
+    held_on = discounts.sum() * rewards[163]
+    assert (let_go[won] > 1.2 * held_on[won]).all()
 
 
 def test_terms_of_placing_by_hand():
@@ -284,7 +289,14 @@ def test_terms_of_placing_by_hand():
     assert far > real2sim.AWAY and env.at_goal.all() and env._terms()[:, 0].tolist() == pytest.approx([1, 1, 1, 1, 1])
     env.physics.qvel[:, 9] = 0.06  # still sliding
     env._read_state()
-    assert not env.at_goal.any() and env._terms()[4].item() == pytest.approx(0.8)
+    assert not env.at_goal.any()
+    for opening, told, pays in ((0.0, -1.0, 0.25), (0.0, 1.0, 0.5), (0.04, 0.0, 0.625), (0.04, 1.0, 0.75)):
+        env.target[:, 7:] = opening
+        env.action[:, 7:] = told
+        assert env._terms()[4].item() == pytest.approx(pays)
+    for tilt, share in ((math.pi / 8, 0.5), (math.pi / 3, 0.0)):
+        env.object_quat[:] = torch.tensor([math.cos(tilt / 2), math.sin(tilt / 2), 0, 0])
+        assert env._terms()[4].item() == pytest.approx(0.75 * share, abs=1e-5)
     env.physics.qvel[:] = 0
     env.goal[:] = env.object + torch.tensor([[0.05, 0.0, 0.0]])
     env._read_state()
@@ -381,7 +393,7 @@ def test_a_reward_file_takes_tensors_by_name(tmp_path):
         make(reward_file=str(tmp_path / "mine.py"))
     (tmp_path / "mine.py").write_text("def reward(tcp):\n    return tcp\n")
     with pytest.raises(ValueError, match=r"gave shape \(2, 3\), not \(2,\)"):
-        make(reward_file=str(tmp_path / "mine.py")).step(torch.zeros(2, 9))
+        make(reward_file=str(tmp_path / "mine.py"))
 
 
 def test_a_subclass_of_three_lines():

@@ -136,6 +136,9 @@ def test_run_dir(tmp_path, monkeypatch):
 
 def test_a_run_dir_is_not_shared(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".model_3.77.pt").touch()  # of a run that was killed before it had saved anything
+    assert logger.make_run_dir(Args(log_dir=str(tmp_path)), "Go2-v0") == tmp_path
+    (tmp_path / "args.yaml").unlink()
     (tmp_path / "checkpoints" / "best_model.pt").touch()  # which a run that is worse would leave as it is
     with pytest.raises(SystemExit) as stop:
         logger.make_run_dir(Args(log_dir=str(tmp_path)), "Go2-v0")

@@ -374,7 +374,7 @@ def test_evaluation_counts_as_many_episodes_of_each_environment():
     # Nine episodes: three of 1, three of 2 and three of 3 steps; the first seven would have been shorter.
     assert result["episodes"] == 9 and envs.seed == result["seed"] == 5 and len(seen) == 9
     assert result["mean_length"] == 2.0 and result["mean_return"] == 20.0
-    half = 1.96 * np.std([10, 20, 30] * 3, ddof=1) / 3
+    half = 2.306 * np.std([10, 20, 30] * 3, ddof=1) / 3
     assert result["return_ci95"] == pytest.approx([20 - half, 20 + half])
     assert all(obs.shape == (3, 1) for obs in seen)  # the policy's part alone
 

@@ -112,6 +112,8 @@ def check(cfg: Real2SimConfig, num_envs: int):
 def load_reward(path: str) -> tuple[Callable, tuple[str, ...]]:
     """The function `reward` of a Python file, and the names of the tensors it takes; ValueError where it has none."""
     spec = importlib.util.spec_from_file_location("reward_file", path)
+    if spec is None:
+        raise ValueError(f"--reward-file takes a Python file, which ends in .py, got {path}")
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
