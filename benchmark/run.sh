@@ -15,7 +15,7 @@ $PY benchmark/isaac_reliability.py --kills 20                       # 4 min
 $PY benchmark/go2_variants.py --seeds 1                              # 18 min
 $PY benchmark/go2_reference.py --minutes 25 --evaluations 6          # 27 min
 $PY benchmark/peg_env_speed.py                                       # 3 min
-$PY benchmark/peg_insert.py --variants state --seeds 1               # 24 min of one core
+$PY benchmark/peg_insert.py --variants state --seeds 1               # 35 min of one core
 $PY benchmark/peg_insert.py --variants all rgb tactile blind --levels 0.3 --difficulty 0.3 --num-iterations 80
 $PY benchmark/peg_capacity.py                                        # 1 min: computed, no GPU
 $PY benchmark/real2sim.py --algorithms sac --seeds 1 2 3 --per-object --eval-interval 50 --total-timesteps 487424
