@@ -10,8 +10,8 @@ The action head is a flow: it integrates a velocity from noise to a chunk of act
 probability of what was drawn, so the integration is made a stochastic one with the same marginals (Flow-SDE, arXiv
 2510.25889), whose steps are Gaussian; `step_stds` is its noise schedule. The task, its reward and its expert are in
 common/envs/pick*.py, what belongs to the model in common/gr00t*.py. docs/gr00t.md has the formula, what is exact about
-it, and what was measured: on one core a clone with 43% of success comes to 75% in 16 minutes by the flow, to 89% in 9
-by the residual; the mlp to 100% in 3 (one seed each, benchmark/results/gr00t.json).
+it, and what was measured: on one core clones with 45, 28 and 46% of success come to 82, 42 and 78% in 12 minutes by the
+flow, to 90, 59 and 87% in 8 by the residual; the mlp to 100% in 3 (benchmark/results/gr00t.json).
 """
 
 import math
