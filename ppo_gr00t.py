@@ -41,7 +41,7 @@ from common.storage import FinalObs, flatten, in_chunks, micro_batches, put, tak
 SCRIPT = "ppo_gr00t"
 # Every flag that differs from the defaults of Args, by group.
 TINY = dict(difficulty=0.0, max_episode_steps=56, reward="dense", gamma=0.92, demos=300, bc_steps=600, num_steps=32)
-TINY |= dict(num_iterations=150, critic_iterations=2, clip_vloss=False, log_interval=1, eval_interval=10)
+TINY |= dict(num_iterations=150, critic_iterations=2, clip_vloss=False, log_interval=1, eval_interval=10, ranks=1)
 PRESETS = {
     "laptop": TINY
     | dict(tune="dit", sde_steps="last", noise_correlation=1.0, learning_rate=6e-5, critic_learning_rate=2e-3),
