@@ -45,6 +45,17 @@ def play(
     return {name: column.flatten().cpu() for name, column in columns.items()}
 
 
+def play_from_resets(policy: Policy, envs: VectorEnv, device, episodes: int, at_reset=lambda: {}) -> dict:
+    """`play` of at least `episodes` episodes, all of which begin with a reset, and beside its columns those, by name,
+    that `at_reset` reads of the worlds then.
+    """
+    found = []
+    while len(found) * envs.num_envs < episodes:
+        obs, _ = envs.reset()
+        found.append(at_reset() | play(policy, envs, obs, device))
+    return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
+
+
 def mean_return(returns: torch.Tensor) -> dict:
     """`mean_return` and its 95% interval `return_ci95`."""
     mean, half_width = mean_ci95(returns)

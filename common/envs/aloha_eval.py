@@ -12,7 +12,7 @@ from PIL import Image
 from common import video
 from common.distributed import num_cores
 from common.envs.aloha import SUCCESS, AlohaConfig, AlohaEnv
-from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play_from_resets, rates, save_and_print
 from common.render import BatchedRenderer, decimate
 from common.storage import take, to
 
@@ -43,12 +43,8 @@ def evaluate(
         settings |= {"backend": "mujoco"}
     envs = AlohaEnv(num_envs, "cpu" if backend == "gym-aloha" else device, seed, **settings)
     envs.start_states = start_states
-    found = []
-    while len(found) * num_envs < episodes:
-        obs, _ = envs.reset()
-        found.append(play(policy, envs, obs, device))
+    columns = play_from_resets(policy, envs, device, episodes)
     envs.close()
-    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
     levels = columns["highest_level"].long()
     result = {"episodes": len(levels), "seed": seed, "backend": backend} | rates(columns, "success")
     result |= {

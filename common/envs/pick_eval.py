@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common import video
 from common.distributed import num_cores
 from common.envs.pick import ENV_SETTINGS, PickConfig, PickEnv, build_model
-from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play_from_resets, rates, save_and_print
 from common.render import BatchedRenderer
 from common.storage import to
 
@@ -36,12 +36,8 @@ def evaluate(policy: Policy, cfg: PickConfig, device, episodes: int, seed: int =
     """
     num_envs = min(episodes, MOST_ENVS)
     envs = PickEnv(num_envs, device, seed, plain(cfg), threads or num_cores())
-    found = []
-    while len(found) * num_envs < episodes:
-        obs, _ = envs.reset()
-        found.append({"put": envs.put.cpu()} | play(policy, envs, obs, device))
+    columns = play_from_resets(policy, envs, device, episodes, lambda: {"put": envs.put.cpu()})
     envs.close()
-    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
     put = columns["put"]
     result = {"episodes": len(put), "seed": seed, "difficulty": cfg.difficulty} | mean_return(columns["r"])
     result |= {"mean_length": columns["l"].mean().item()} | rates(columns, "success", "grasped", "wrong_cube")

@@ -20,7 +20,7 @@ from common.distributed import num_cores
 from common.envs import pick_eval
 from common.envs.pick import INSTRUCTIONS, PickEnv
 from common.envs.pick_eval import FILM_SIZE, MOST_ENVS
-from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play, rates, save_and_print
+from common.evaluation import SEED, Policy, can_film, device_of, mean_return, play_from_resets, rates, save_and_print
 from common.storage import to
 
 SENTENCES = {
@@ -175,12 +175,8 @@ def evaluate(policy: Policy, args, device, episodes: int, seed: int = SEED, thre
     if args.env_id == "Pick-v0":
         return pick_eval.evaluate(policy, args, device, episodes, seed, threads)
     envs = make(args, min(episodes, MOST_ENVS), device, seed, threads or num_cores())
-    found = []
-    while len(found) * envs.num_envs < episodes:  # from a reset, since `Chunks` begins later episodes within a chunk
-        obs, _ = envs.reset()
-        found.append(play(policy, envs, obs, device))
+    columns = play_from_resets(policy, envs, device, episodes)  # `Chunks` begins later episodes within a chunk
     envs.close()
-    columns = {name: torch.cat([round_[name] for round_ in found]) for name in found[0]}
     result = {"episodes": len(columns["r"]), "seed": seed} | mean_return(columns["r"])
     return result | {"mean_length": columns["l"].mean().item()} | rates(columns, "success")
 
